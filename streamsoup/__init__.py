@@ -1,0 +1,53 @@
+"""streamsoup: memory-efficient streaming model soups.
+
+>>> import streamsoup
+>>> result = streamsoup.soup(["runs/a", "runs/b"], "soup/")  # doctest: +SKIP
+
+Names are loaded when they are first used: importing the package imports neither torch nor numba nor zarr.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from streamsoup._version import __version__
+
+if TYPE_CHECKING:
+    from streamsoup.cook import plan_soup as plan_soup
+    from streamsoup.cook import resume as resume
+    from streamsoup.cook import soup as soup
+    from streamsoup.engine import Progress as Progress
+    from streamsoup.errors import StreamsoupError as StreamsoupError
+    from streamsoup.execution import Execution as Execution
+    from streamsoup.execution import SoupResult as SoupResult
+    from streamsoup.recipe import Ingredient as Ingredient
+    from streamsoup.recipe import Recipe as Recipe
+    from streamsoup.recipe import read_recipe as read_recipe
+
+_HOMES = {
+    "Execution": "execution",
+    "Ingredient": "recipe",
+    "Progress": "engine",
+    "Recipe": "recipe",
+    "SoupResult": "execution",
+    "StreamsoupError": "errors",
+    "plan_soup": "cook",
+    "read_recipe": "recipe",
+    "resume": "cook",
+    "soup": "cook",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamsoup' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"streamsoup.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,61 @@
+"""Everything that can be an ingredient, behind one `Checkpoint` protocol."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+
+from natsort import natsorted
+
+from streamsoup.checkpoints.identity import expect_identity, identify, identity_to_json, verify_unchanged
+from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.table import TensorTable
+from streamsoup.errors import CheckpointNotFoundError
+
+__all__ = [
+    "Checkpoint",
+    "Shard",
+    "TensorTable",
+    "expand_paths",
+    "expect_identity",
+    "identify",
+    "identity_to_json",
+    "open_checkpoints",
+    "verify_unchanged",
+]
+
+
+def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
+    """Open ingredients in order. Equal headers are parsed once and share their tables.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    parsed = Parsed()
+    return [open_safetensors(path, parsed) for path in paths]
+
+
+def expand_paths(paths: Sequence[str]) -> list[str]:
+    """Expand patterns, and put what a shell expanded into natural order (run2 before run10).
+
+    A list that is in plain alphabetical order, as a shell leaves it, is put into natural order; any other order is
+    a person's own and is kept.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If a pattern matches nothing.
+    """
+    expanded: list[str] = []
+    for path in paths:
+        if glob.has_magic(path) and not os.path.exists(path):
+            found = natsorted(glob.glob(path))
+            if not found:
+                raise CheckpointNotFoundError(f"{path}: matches no file or folder.", path=path)
+            expanded += found
+        else:
+            expanded.append(path)
+    return natsorted(expanded) if expanded == sorted(expanded) else expanded

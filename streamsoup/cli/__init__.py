@@ -1,0 +1,39 @@
+"""The command line: parsing, printing and progress live here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from streamsoup._version import __version__
+from streamsoup.cli import inspect, soup
+from streamsoup.cli.guard import run_command
+
+_DESCRIPTION = """\
+Average the weights of many fine-tuned checkpoints of one network into one (a model soup), tile by tile, in memory that
+depends on neither their number nor their size."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="streamsoup",
+        description=_DESCRIPTION,
+        epilog="Run `streamsoup COMMAND --help` for the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"streamsoup {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (soup, inspect):
+        module.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C."""
+    parser = build_parser()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given:
+        parser.print_help()
+        return 2
+    return run_command(parser.parse_args(given))

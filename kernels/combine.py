@@ -1,0 +1,115 @@
+"""Combine a tile of several checkpoints into one: the numba backend's four entries."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fp8 import decode_tables, encoder_parameters
+
+__all__ = ["combine", "digest", "read_sum"]
+
+
+@cache
+def _prepared() -> tuple[Any, Any, int, Any, Any]:
+    from . import native
+
+    tables = decode_tables()
+    reals, integers = encoder_parameters()
+    return native.combine_loop(), cache(native.division), tables.ctypes.data, reals, integers
+
+
+def combine(
+    sources: NDArray[np.uint64],
+    codes: NDArray[np.uint8],
+    weights: NDArray[np.float64],
+    divisor: float,
+    elements: int,
+    first_block: int,
+    out: int,
+    out_code: int,
+    hashed: NDArray[np.uint8],
+    digests: NDArray[np.uint64],
+    nonfinite: NDArray[np.int64],
+) -> int:
+    """Write Σ weights[i]·source[i] / divisor of one tile, accumulated in float64 and rounded once.
+
+    Parameters
+    ----------
+    sources : ndarray, shape (N,), uint64
+        Addresses of the first element of the tile in every source; any alignment.
+    codes : ndarray, shape (N,), uint8
+        Their dtypes (`codes`), float64 included, PAIR excluded; they may differ.
+    weights : ndarray, shape (N,), float64
+    divisor : float
+        Divides the sum by a true division.
+    elements : int
+        Elements of the tile.
+    first_block : int
+        Number of the tile's first block in its tensor: its first element over BLOCK.
+    out : int
+        Address of the output. It overlaps no source, or is exactly one of them with the same itemsize.
+    out_code : int
+        The output's dtype.
+    hashed : ndarray, shape (N,), uint8
+        Whether to digest source i.
+    digests : ndarray, shape (N,), uint64
+        Changed: the digest of the tile's blocks is added (modulo 2**64).
+    nonfinite : ndarray, shape (N,), int64
+        Changed: the number of NaN and infinite elements is added, for each block with a non-finite result.
+
+    Returns
+    -------
+    int
+        Output elements that are not finite although every source element there was.
+
+    Notes
+    -----
+    Memory: 48 KiB, and 4 KiB for a block that is not finite; each source byte is read from memory once.
+    All arrays must be C-contiguous and writable; releases the GIL. Source: own.
+    """
+    loop, division, tables, reals, integers = _prepared()
+    reciprocal, mode = division(divisor)
+    return int(
+        loop(
+            sources, codes, weights, divisor, reciprocal, mode, elements, first_block, out, out_code,
+            hashed, digests, nonfinite, tables, reals, integers,
+        )
+    )  # fmt: skip
+
+
+def digest(address: int, nbytes: int, itemsize: int, first_block: int) -> int:
+    """Return the digest of a run of whole blocks (and possibly the tensor's shorter last one).
+
+    Parameters
+    ----------
+    address : int
+        Where the run begins; any alignment.
+    nbytes, itemsize : int
+        Bytes in the run, and in an element: a block is BLOCK elements.
+    first_block : int
+        Number of the run's first block in its tensor.
+
+    Returns
+    -------
+    int
+        0 <= digest < 2**64. Digests of disjoint runs of one tensor add up (modulo 2**64) to that of the union.
+
+    Notes
+    -----
+    With w the block's little-endian 64-bit words (zero-padded), K = 0x9E3779B97F4A7C15 and all arithmetic
+    modulo 2**64: a_j = w_j + (j+1)K, s1 = Σ (a_j mod 2**32)·(a_j div 2**32), s2 = Σ w_j; the block's digest is
+    mix(s1 xor mix(s2 + (b+1)·0xBF58476D1CE4E5B9)), mix being splitmix64's finaliser. It notices change; it
+    does not withstand an adversary. Source: own, after NH (Black et al., CRYPTO 1999).
+    """
+    from . import native
+
+    return int(native.digest_loop()(address, nbytes, itemsize, first_block))
+
+
+def read_sum(address: int, nbytes: int) -> int:
+    """Return the sum of the 64-bit words at `address`: the floor that no kernel reading them can beat."""
+    from . import native
+
+    return int(native.sum_loop()(address, nbytes))

@@ -1,0 +1,89 @@
+"""Loads, stores and bit casts at plain addresses, for numba.
+
+Addresses are integers, so a tensor may begin at any byte: every access states align=1, which costs nothing
+on x86-64 and arm64, and the bounce copy that a misaligned tensor would otherwise need is gone.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = [
+    "as_bits",
+    "as_float",
+    "load_f16",
+    "load_f32",
+    "load_f64",
+    "load_u8",
+    "load_u16",
+    "load_u32",
+    "load_u64",
+    "store_u8",
+    "store_u16",
+    "store_u32",
+    "store_u64",
+]
+
+
+def pointer(builder: Any, address: Any, kind: Any) -> Any:
+    """Turn an integer address into a pointer to `kind`."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _loader(kind: Any, result: Any, widen: Any) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return widen(builder, builder.load(pointer(builder, arguments[0], kind), align=1))
+
+        return result(types.uint64), generate
+
+    return load
+
+
+def _storer(bits: int) -> Any:
+    kind = ir.IntType(bits)
+
+    @intrinsic
+    def store(typingctx: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = arguments[1] if bits == 64 else builder.trunc(arguments[1], kind)
+            builder.store(value, pointer(builder, arguments[0], kind), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.uint64), generate
+
+    return store
+
+
+def _caster(source: Any, target: Any, kind: Any) -> Any:
+    @intrinsic
+    def cast(typingctx: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], kind)
+
+        return target(source), generate
+
+    return cast
+
+
+WORD = ir.IntType(64)
+_ZEXT = lambda builder, value: builder.zext(value, WORD)  # noqa: E731
+_FPEXT = lambda builder, value: builder.fpext(value, ir.DoubleType())  # noqa: E731
+_SAME = lambda builder, value: value  # noqa: E731
+
+load_u8 = _loader(ir.IntType(8), types.uint64, _ZEXT)
+load_u16 = _loader(ir.IntType(16), types.uint64, _ZEXT)
+load_u32 = _loader(ir.IntType(32), types.uint64, _ZEXT)
+load_u64 = _loader(WORD, types.uint64, _SAME)
+load_f16 = _loader(ir.HalfType(), types.float64, _FPEXT)
+load_f32 = _loader(ir.FloatType(), types.float64, _FPEXT)
+load_f64 = _loader(ir.DoubleType(), types.float64, _SAME)
+store_u8 = _storer(8)
+store_u16 = _storer(16)
+store_u32 = _storer(32)
+store_u64 = _storer(64)
+as_bits = _caster(types.float64, types.uint64, WORD)
+as_float = _caster(types.uint64, types.float64, ir.DoubleType())

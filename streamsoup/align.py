@@ -1,0 +1,97 @@
+"""Do ingredients fit together? Settles names, shapes and dtypes of all of them against the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints import Checkpoint, TensorTable
+from streamsoup.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tensor of each ingredient goes with which of the first.
+
+    Attributes
+    ----------
+    table : TensorTable
+        The first ingredient's: positions in it number the tensors of the soup.
+    orders : tuple of int32 arrays or None, one for each ingredient
+        Position in the ingredient's own table of each tensor; None where the orders are equal.
+    """
+
+    table: TensorTable
+    orders: tuple[npt.NDArray[np.int32] | None, ...]
+
+    def position(self, ingredient: int, tensor: int) -> int:
+        """Position of a tensor in the table of an ingredient."""
+        order = self.orders[ingredient]
+        return tensor if order is None else int(order[tensor])
+
+
+def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
+    """Match the tensors of all checkpoints with those of the first.
+
+    Raises
+    ------
+    MismatchError
+        With one sentence for each name, shape or kind that does not fit.
+    """
+    problems: list[str] = []
+    orders = tuple(_order(checkpoints[0], other, problems) for other in checkpoints)
+    if problems:
+        raise MismatchError(problems)
+    return Alignment(checkpoints[0].table, orders)
+
+
+def find_mismatches(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """Say where two checkpoints do not fit; an empty list where they do."""
+    problems: list[str] = []
+    _order(first, other, problems)
+    return problems
+
+
+def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDArray[np.int32] | None:
+    mine, theirs = first.table, other.table
+    if mine is theirs or mine.same_layout(theirs):
+        return None
+    positions = [theirs.by_name.get(name, -1) for name in mine.names]
+    _report_names(first, other, positions, problems)
+    for position, found in enumerate(positions):
+        if found < 0:
+            continue
+        if (a := mine.shape(position)) != (b := theirs.shape(found)):
+            problems.append(
+                f"{mine.names[position]}: shape {b} in {_file(other, found)}, but {a} in {first.path}. "
+                f"Leave {other.path} out or fix its export."
+            )
+        p, q = mine.dtype(position), theirs.dtype(found)
+        if p is not q and not (p.is_float and q.is_float):
+            problems.append(
+                f"{mine.names[position]}: {q.name} in {_file(other, found)}, but {p.name} in {first.path}; only "
+                f"float dtypes may differ. Leave {other.path} out or convert it."
+            )
+    if positions == list(range(len(mine))):
+        return None
+    return np.array(positions, np.int32)
+
+
+def _report_names(first: Checkpoint, other: Checkpoint, positions: list[int], problems: list[str]) -> None:
+    names = first.table.names
+    missing = [names[i] for i, found in enumerate(positions) if found < 0]
+    extra = [name for name in other.table.names if name not in first.table.by_name]
+    for which, has, lacks in ((missing, first, other), (extra, other, first)):
+        if which:
+            more = f" (and {len(which) - 1} more)" if len(which) > 1 else ""
+            problems.append(
+                f"{which[0]}{more}: in {has.path}, but missing from {lacks.path}. "
+                f"Leave {other.path} out or fix its export."
+            )
+
+
+def _file(checkpoint: Checkpoint, position: int) -> str:
+    return checkpoint.shards[int(checkpoint.table.shards[position])].path

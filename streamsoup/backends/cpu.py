@@ -1,0 +1,186 @@
+"""The CPU backend: numba kernels over raw addresses, on the worker's own thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.backends.protocol import Blend, Combined, Token
+from streamsoup.kernels import codes
+from streamsoup.kernels import combine as kernels
+from streamsoup.tiling import Tiling
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A token of work that is finished."""
+
+    combined: Combined
+
+    def result(self) -> Combined:
+        """See `Token`."""
+        return self.combined
+
+
+class CpuSlot:
+    """See `Slot`.
+
+    Notes
+    -----
+    Memory: the bytes of `streamsoup.tiling.slot_bytes`. Buffers are reused: first touch of fresh memory runs at a
+    tenth of the speed of the second.
+    """
+
+    def __init__(
+        self,
+        tiling: Tiling,
+        *,
+        in_itemsize: int,
+        out_itemsize: int,
+        ingredients: int,
+        staged: bool,
+        wide: bool,
+    ) -> None:
+        tile = tiling.tile_elements
+        stride = tile * in_itemsize
+        self._staging = [np.empty(stride, np.uint8) for _ in range(tiling.group)] if staged else None
+        self._output = np.empty(tile * out_itemsize, np.uint8)
+        grouped = tiling.group < ingredients
+        self._partial = np.empty(tile * (16 if wide else 8), np.uint8) if grouped else None
+        self._digests = np.zeros(ingredients, np.uint64)
+        self._nonfinite = np.zeros(ingredients, np.int64)
+
+    def staging(self, index: int, nbytes: int) -> memoryview | None:
+        """See `Slot`."""
+        return None if self._staging is None else self._staging[index][:nbytes].data
+
+    def output(self, nbytes: int) -> memoryview:
+        """See `Slot`."""
+        return self._output[:nbytes].data
+
+    def combine(
+        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+    ) -> Token | None:
+        """See `Slot`."""
+        stop = first + len(addresses)
+        last = stop == len(blend.weights)
+        if first == 0:
+            self._digests[:] = 0
+            self._nonfinite[:] = 0
+        group = _Group.of(blend, addresses, first, self._partial if first else None)
+        overflowed = group.combine(
+            blend,
+            elements,
+            first_block,
+            out=self._output if last else self._partial,
+            last=last,
+            digests=self._digests[first:stop],
+            nonfinite=self._nonfinite[first:stop],
+        )
+        if not last:
+            return None
+        output = self.output(elements * blend.out_itemsize)
+        return Done(Combined(output, self._digests, self._nonfinite, overflowed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The sources of one kernel call: a group of ingredients, after the partial sum of those before them."""
+
+    sources: npt.NDArray[np.uint64]
+    codes: npt.NDArray[np.uint8]
+    weights: npt.NDArray[np.float64]
+    hashed: npt.NDArray[np.uint8]
+    carried: int
+
+    @staticmethod
+    def of(blend: Blend, addresses: Sequence[int], first: int, partial: npt.NDArray[np.uint8] | None) -> _Group:
+        stop = first + len(addresses)
+        sources = np.array(addresses, np.uint64)
+        kinds, weights = blend.codes[first:stop], blend.weights[first:stop]
+        hashed = np.ones(len(addresses), np.uint8)
+        if partial is None:
+            return _Group(sources, kinds, weights, hashed, 0)
+        code = codes.PAIR if blend.wide else codes.F64
+        return _Group(
+            np.concatenate([np.array([partial.ctypes.data], np.uint64), sources]),
+            np.concatenate([np.array([code], np.uint8), kinds]),
+            np.concatenate([np.ones(1), weights]),
+            np.concatenate([np.zeros(1, np.uint8), hashed]),
+            1,
+        )
+
+    def combine(
+        self,
+        blend: Blend,
+        elements: int,
+        first_block: int,
+        *,
+        out: npt.NDArray[np.uint8] | None,
+        last: bool,
+        digests: npt.NDArray[np.uint64],
+        nonfinite: npt.NDArray[np.int64],
+    ) -> int:
+        assert out is not None
+        partial_code = codes.PAIR if blend.wide else codes.F64
+        out_code = blend.out_code if last else partial_code
+        divisor = blend.divisor if last else (1.0, 0.0)
+        found_digests = np.zeros(len(self.sources), np.uint64)
+        found_nonfinite = np.zeros(len(self.sources), np.int64)
+        place = (
+            elements,
+            first_block,
+            out.ctypes.data,
+            out_code,
+            self.hashed,
+            found_digests,
+            found_nonfinite,
+        )
+        if blend.wide:
+            overflowed = kernels.combine_wide(self.sources, self.codes, self.weights, *divisor, *place)
+        else:
+            overflowed = kernels.combine(self.sources, self.codes, self.weights, divisor[0], *place)
+        digests += found_digests[self.carried :]
+        nonfinite += found_nonfinite[self.carried :]
+        return int(overflowed) if last else 0
+
+
+class CpuBackend:
+    """See `Backend`."""
+
+    name = "cpu"
+    staged = False
+
+    def __init__(self) -> None:
+        self._wide = False
+
+    def prepare(self, *, wide: bool, fp8: bool) -> None:
+        """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
+        self._wide = wide
+        code = codes.F8_E4M3 if fp8 else codes.BF16
+        for is_wide in {False, wide}:
+            one = np.zeros(8, np.uint8)
+            blend = Blend(np.array([code], np.uint8), (1,), np.ones(1), (1.0, 0.0), code, codes.ITEMSIZE[code], is_wide)
+            tiling = Tiling(1, 1, 1, 0)
+            slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False, wide=is_wide)
+            slot.combine([one.ctypes.data], blend, 0, 1, 0)
+        kernels.digest(ctypes.addressof(ctypes.c_uint64()), 8, 8, 0)
+
+    def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> CpuSlot:
+        """See `Backend`."""
+        return CpuSlot(
+            tiling,
+            in_itemsize=in_itemsize,
+            out_itemsize=out_itemsize,
+            ingredients=ingredients,
+            staged=staged,
+            wide=self._wide,
+        )
+
+    def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
+        """See `Backend`."""
+        return int(kernels.digest(address, nbytes, itemsize, first_block))

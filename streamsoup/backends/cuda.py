@@ -1,0 +1,153 @@
+"""The torch backend: plain torch operations on any device, bit-identical to the CPU's kernels.
+
+It runs on ``cuda`` and, for tests, on torch's own ``cpu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamsoup.backends.protocol import Blend, Combined, Token
+from streamsoup.errors import RecipeError
+from streamsoup.kernels import codes
+from streamsoup.tiling import Tiling
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchToken:
+    """Work that was queued on a device; `result` waits for it."""
+
+    def __init__(self, slot: TorchSlot, output: torch.Tensor, overflowed: int) -> None:
+        self._slot = slot
+        self._output = output
+        self._overflowed = overflowed
+
+    def result(self) -> Combined:
+        """See `Token`."""
+        slot = self._slot
+        output = slot.output(self._output.numel())
+        np.frombuffer(output, np.uint8)[:] = self._output.cpu().numpy()
+        return Combined(output, slot.digests, slot.nonfinite, self._overflowed)
+
+
+class TorchSlot:
+    """See `Slot`. Staging buffers are page-locked where the device is a GPU."""
+
+    def __init__(
+        self, device: torch.device, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int
+    ) -> None:
+        import torch
+
+        pinned = device.type == "cuda"
+        stride = tiling.tile_elements * in_itemsize
+        self._device = device
+        self._staging = [torch.empty(stride, dtype=torch.uint8, pin_memory=pinned) for _ in range(tiling.group)]
+        self._output = torch.empty(tiling.tile_elements * out_itemsize, dtype=torch.uint8, pin_memory=pinned)
+        self._partial: torch.Tensor | None = None
+        self.digests = np.zeros(ingredients, np.uint64)
+        self.nonfinite = np.zeros(ingredients, np.int64)
+
+    def staging(self, index: int, nbytes: int) -> memoryview | None:
+        """See `Slot`."""
+        return self._staging[index][:nbytes].numpy().data
+
+    def output(self, nbytes: int) -> memoryview:
+        """See `Slot`."""
+        return self._output[:nbytes].numpy().data
+
+    def combine(
+        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+    ) -> Token | None:
+        """See `Slot`. The bytes are taken from the staging buffers, whatever their addresses."""
+        from streamsoup.kernels import torch_combine
+
+        stop = first + len(addresses)
+        last = stop == len(blend.weights)
+        if first == 0:
+            self.digests[:] = 0
+            self.nonfinite[:] = 0
+        sources = [
+            self._staging[i][: elements * blend.itemsizes[first + i]].to(self._device, non_blocking=True)
+            for i in range(len(addresses))
+        ]
+        kinds = blend.codes[first:stop].tolist()
+        weights = blend.weights[first:stop].tolist()
+        carried = 0
+        if first:
+            assert self._partial is not None
+            sources.insert(0, self._partial)
+            kinds.insert(0, codes.PAIR if blend.wide else codes.F64)
+            weights.insert(0, 1.0)
+            carried = 1
+        partial_code = codes.PAIR if blend.wide else codes.F64
+        divisor = blend.divisor if last else (1.0, 0.0)
+        function: Any = torch_combine.combine_wide if blend.wide else torch_combine.combine
+        output, digests, nonfinite, overflowed = function(
+            sources,
+            kinds,
+            weights,
+            divisor if blend.wide else divisor[0],
+            first_block,
+            blend.out_code if last else partial_code,
+            [False] * carried + [True] * len(addresses),
+        )
+        self.digests[first:stop] += digests.cpu().numpy().view(np.uint64)[carried:]
+        self.nonfinite[first:stop] += nonfinite.cpu().numpy()[carried:]
+        if not last:
+            self._partial = output
+            return None
+        self._partial = None
+        return TorchToken(self, output, int(overflowed))
+
+
+class TorchBackend:
+    """See `Backend`.
+
+    Parameters
+    ----------
+    device : str
+        Any device of torch.
+
+    Raises
+    ------
+    RecipeError
+        If torch cannot use it.
+    """
+
+    staged = True
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        try:
+            self._device = torch.device(device)
+            torch.empty(1, device=self._device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(f"device {device!r} cannot be used here ({reason}). Use --device cpu.") from error
+        self.name = str(self._device)
+
+    def prepare(self, *, wide: bool, fp8: bool) -> None:
+        """See `Backend`."""
+        from streamsoup.kernels import torch_combine  # noqa: F401
+
+    def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> TorchSlot:
+        """See `Backend`."""
+        return TorchSlot(
+            self._device, tiling, in_itemsize=in_itemsize, out_itemsize=out_itemsize, ingredients=ingredients
+        )
+
+    def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
+        """See `Backend`."""
+        import torch
+
+        from streamsoup.kernels import torch_combine
+        from streamsoup.maps import bytes_at
+
+        found = torch_combine.digest(torch.from_numpy(bytes_at(address, nbytes).copy()), itemsize, first_block)
+        return int(found) % 2**64

@@ -1,0 +1,122 @@
+"""What the engine asks of a device.
+
+A backend owns its tile slots: buffers that it allocated once, in memory that it likes (pageable, page-locked).
+A worker brings a group of ingredients into a slot, has them combined, and gets a token; it waits on the token only
+when it wants the result, so that a device may work while the worker reads on. The CPU answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.tiling import Tiling
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """How one tensor is combined: numbers only.
+
+    Attributes
+    ----------
+    codes : uint8 array, shape (ingredients,)
+        Kernel dtype codes.
+    itemsizes : tuple of int
+        Bytes an element of each ingredient.
+    weights : float64 array, shape (ingredients,)
+    divisor : tuple of two floats
+        hi + lo.
+    out_code, out_itemsize : int
+    wide : bool
+        Sum in double-double.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    itemsizes: tuple[int, ...]
+    weights: npt.NDArray[np.float64]
+    divisor: tuple[float, float]
+    out_code: int
+    out_itemsize: int
+    wide: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """A finished tile.
+
+    Attributes
+    ----------
+    output : memoryview
+        Its bytes; valid until the slot is used again.
+    digests : uint64 array, shape (ingredients,)
+    nonfinite : int64 array, shape (ingredients,)
+        NaN and infinite elements of each ingredient.
+    overflowed : int
+        Elements too large for the output dtype though all ingredients were finite.
+    """
+
+    output: memoryview
+    digests: npt.NDArray[np.uint64]
+    nonfinite: npt.NDArray[np.int64]
+    overflowed: int
+
+
+class Token(Protocol):
+    """Stands for work that was begun."""
+
+    def result(self) -> Combined:
+        """Wait for the tile and return it."""
+        ...
+
+
+class Slot(Protocol):
+    """Buffers for one tile."""
+
+    def staging(self, index: int, nbytes: int) -> memoryview | None:
+        """Return where to put the bytes of the group's `index`-th ingredient; None if an address will do."""
+        ...
+
+    def output(self, nbytes: int) -> memoryview:
+        """Return the output buffer, for tensors that are only copied."""
+        ...
+
+    def combine(
+        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+    ) -> Token | None:
+        """Combine a group of ingredients: those from `first` on, as many as there are addresses.
+
+        Groups of a tile come in order. The last returns a token, the others None.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A device.
+
+    Attributes
+    ----------
+    name : str
+    staged : bool
+        Whether it needs ingredients in its own buffers even when they are mapped.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def staged(self) -> bool: ...
+
+    def prepare(self, *, wide: bool, fp8: bool) -> None:
+        """Import and compile what a run will need, so that its memory and time are not counted in the run."""
+        ...
+
+    def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> Slot:
+        """Allocate a slot."""
+        ...
+
+    def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
+        """Digest of the bytes of a tile of a tensor that is only copied."""
+        ...

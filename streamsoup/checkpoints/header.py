@@ -1,0 +1,191 @@
+"""Read and check the header of one safetensors file.
+
+Stricter than the safetensors library: duplicate keys and unknown entry fields are refused too, since either may
+hide a tensor from one reader and show it to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from streamsoup.checkpoints.table import TensorTable, pack
+from streamsoup.dtypes import BY_NAME, DType
+from streamsoup.errors import CheckpointError, CheckpointNotFoundError, HeaderError
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_DIM = 2**53
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_ADVICE = "Export or download the file again."
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says.
+
+    Attributes
+    ----------
+    table : TensorTable
+        In file order; `begins` counts from the start of the file.
+    metadata : mapping of str to str
+    data_start, data_bytes : int
+        Where the data begin in the file, and how many bytes they are.
+    sha256 : str
+        Hex digest of the header's bytes.
+    """
+
+    table: TensorTable
+    metadata: Mapping[str, str]
+    data_start: int
+    data_bytes: int
+    sha256: str
+
+
+def read_header(path: str, cache: MutableMapping[str, Header] | None = None) -> tuple[Header, os.stat_result]:
+    """Read the header of a file, and the stat taken while it was open.
+
+    Parameters
+    ----------
+    path : str
+    cache : mutable mapping, optional
+        Headers by digest. Fine-tunes of one network mostly have equal headers: those are parsed once and their
+        tables shared.
+
+    Raises
+    ------
+    CheckpointNotFoundError, CheckpointError, HeaderError
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            raw = _read_raw(file.fileno(), path, stat.st_size)
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"{path}: no such file.", path=path) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).", path=path) from error
+    digest = hashlib.sha256(raw).hexdigest()
+    header = cache.get(digest) if cache is not None else None
+    if header is None:
+        header = _Parser(path).parse(raw, digest)
+        if cache is not None:
+            cache[digest] = header
+    end = header.data_start + header.data_bytes
+    if end != stat.st_size:
+        what = "truncated" if stat.st_size < end else "has trailing bytes"
+        raise HeaderError(
+            f"{path}: {what}: the header describes {end:,} bytes, the file has {stat.st_size:,}. {_ADVICE}",
+            path=path,
+        )
+    return header, stat
+
+
+def _read_raw(fd: int, path: str, file_bytes: int) -> bytes:
+    prefix = os.pread(fd, 8, 0)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length < 2:
+        raise HeaderError(f"{path}: too short for a safetensors file. {_ADVICE}", path=path)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"{path}: header of {length:,} bytes, but at most {MAX_HEADER_BYTES:,} are allowed; this is no "
+            f"safetensors file or it is damaged. {_ADVICE}",
+            path=path,
+        )
+    if 8 + length > file_bytes:
+        raise HeaderError(
+            f"{path}: truncated: header of {length:,} bytes in a file of {file_bytes:,}. {_ADVICE}", path=path
+        )
+    raw = b""
+    while len(raw) < length and (piece := os.pread(fd, length - len(raw), 8 + len(raw))):
+        raw += piece
+    return raw
+
+
+class _Parser:
+    """Checks one header; holds the path for the messages."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def _fail(self, message: str) -> NoReturn:
+        raise HeaderError(f"{self._path}: {message}. {_ADVICE}", path=self._path)
+
+    def parse(self, raw: bytes, digest: str) -> Header:
+        document = self._load(raw)
+        metadata = document.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            self._fail("__metadata__ is not a mapping of strings to strings")
+        entries = [(name, *self._entry(name, entry)) for name, entry in document.items()]
+        entries.sort(key=lambda e: (e[3], e[4]))
+        end = self._check_contiguous(entries)
+        data_start = 8 + len(raw)
+        names, dtypes, shapes, begins, _ = zip(*entries, strict=True) if entries else ((),) * 5
+        table = pack(names, dtypes, shapes, [data_start + begin for begin in begins])
+        return Header(table, metadata, data_start, end, digest)
+
+    def _load(self, raw: bytes) -> dict[str, Any]:
+        if raw[:1] != b"{":
+            self._fail("header is not a JSON object")
+        try:
+            document = json.loads(raw.decode("utf-8"), object_pairs_hook=self._unique, parse_constant=self._constant)
+        except UnicodeDecodeError:
+            self._fail("header is not valid UTF-8")
+        except RecursionError:
+            self._fail("header is nested too deeply")
+        except ValueError as error:
+            if isinstance(error, HeaderError):
+                raise
+            self._fail(f"header is not valid JSON ({error})")
+        if not isinstance(document, dict):
+            self._fail("header is not a JSON object")
+        return document
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            self._fail(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r} in the header")
+        return result
+
+    def _constant(self, text: str) -> NoReturn:
+        self._fail(f"{text} in the header")
+
+    def _entry(self, name: str, entry: Any) -> tuple[DType, list[int], int, int]:
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+            found = sorted(entry) if isinstance(entry, dict) else entry
+            self._fail(f"tensor {name!r}: entry with {found}, expected exactly {sorted(_FIELDS)}")
+        raw_dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = BY_NAME.get(raw_dtype) if isinstance(raw_dtype, str) else None
+        if dtype is None:
+            self._fail(f"tensor {name!r}: unknown dtype {raw_dtype!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= MAX_DIM for n in shape):
+            self._fail(f"tensor {name!r}: shape {shape!r} is not a list of sizes")
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or type(offsets[0]) is not int
+            or type(offsets[1]) is not int
+            or not 0 <= offsets[0] <= offsets[1] < 2**63
+        ):
+            self._fail(f"tensor {name!r}: data_offsets {offsets!r} are not two ascending byte positions")
+        elements = 1
+        for size in shape:
+            elements *= size
+        if elements * dtype.bits != 8 * (offsets[1] - offsets[0]):
+            self._fail(
+                f"tensor {name!r}: {dtype.name} of shape {tuple(shape)} takes {dtype.nbytes(elements):,} bytes, "
+                f"but data_offsets span {offsets[1] - offsets[0]:,}"
+            )
+        return dtype, shape, offsets[0], offsets[1]
+
+    def _check_contiguous(self, entries: list[tuple[str, DType, list[int], int, int]]) -> int:
+        end = 0
+        for name, _, _, begin, stop in entries:
+            if begin != end:
+                what = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
+                self._fail(f"tensor {name!r}: begins at byte {begin:,} of the data, expected {end:,}: it {what}")
+            end = stop
+        return end

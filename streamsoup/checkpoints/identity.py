@@ -1,0 +1,119 @@
+"""Knowing an ingredient again: fine-tunes of one network have equal headers, so a header identifies nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.errors import ChangedIngredientError, IngredientReadError
+
+SAMPLE_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIdentity:
+    """What one shard was: its stat, its header, and a hash of bytes from the middle of every tensor."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    header_sha256: str
+    sampled_blake2b: str
+
+
+def identify(checkpoint: Checkpoint) -> tuple[ShardIdentity, ...]:
+    """Read a little of every tensor and say who this ingredient is.
+
+    Raises
+    ------
+    ChangedIngredientError
+        If a shard's size or time changed since the checkpoint was opened.
+    IngredientReadError
+    """
+    return tuple(_identify_shard(checkpoint, i, shard) for i, shard in enumerate(checkpoint.shards))
+
+
+def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardIdentity:
+    table = checkpoint.table
+    mine = table.shards == number
+    sizes = table.nbytes[mine]
+    # The middle, not the start: embeddings of rare tokens, which many fine-tunes leave alone, often come first.
+    begins = (table.begins[mine] + (sizes // 2)).tolist()
+    ends = (table.begins[mine] + sizes).tolist()
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        fd = os.open(shard.path, os.O_RDONLY)
+        try:
+            stat = os.fstat(fd)
+            _expect_unchanged(shard, stat)
+            # All requests first, so that a cold disk sees them at depth and not one by one.
+            for begin in begins if len(begins) < 4096 else []:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(fd, begin, SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
+            for begin, end in zip(begins, ends, strict=True):
+                digest.update(os.pread(fd, min(SAMPLE_BYTES, end - begin), begin))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise IngredientReadError(f"{shard.path}: cannot be read ({error.strerror}).") from error
+    return ShardIdentity(
+        shard.path, stat.st_size, stat.st_mtime_ns, stat.st_ino, shard.header_sha256, digest.hexdigest()
+    )
+
+
+def _expect_unchanged(shard: Shard, stat: os.stat_result) -> None:
+    if (stat.st_size, stat.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
+        raise ChangedIngredientError(
+            f"{shard.path}: changed while it was being read ({shard.size_bytes:,} bytes when opened, "
+            f"{stat.st_size:,} now). Wait until it is written, then start again."
+        )
+
+
+def verify_unchanged(checkpoint: Checkpoint) -> None:
+    """Check size and time of all shards once more, after the work.
+
+    Raises
+    ------
+    ChangedIngredientError
+    """
+    for shard in checkpoint.shards:
+        try:
+            _expect_unchanged(shard, os.stat(shard.path))
+        except OSError as error:
+            raise ChangedIngredientError(
+                f"{shard.path}: vanished while it was being read ({error.strerror}). Put it back and resume."
+            ) from error
+
+
+def identity_to_json(identity: tuple[ShardIdentity, ...]) -> list[dict[str, Any]]:
+    """Plain data for a manifest or journal."""
+    return [asdict(shard) for shard in identity]
+
+
+def expect_identity(checkpoint: Checkpoint, expected: list[dict[str, Any]], *, what: str) -> None:
+    """Check that an ingredient is what was written down.
+
+    A copy in another place, with another inode or time but the same bytes, passes.
+
+    Raises
+    ------
+    ChangedIngredientError
+        Naming the first difference.
+    """
+    found = identity_to_json(identify(checkpoint))
+    if len(found) != len(expected):
+        raise ChangedIngredientError(
+            f"{checkpoint.path}: {len(found)} shards, but {len(expected)} when {what}. Restart from the beginning."
+        )
+    for now, then in zip(found, expected, strict=True):
+        for field in ("size_bytes", "header_sha256", "sampled_blake2b"):
+            if now[field] != then[field]:
+                difference = {"size_bytes": "size", "header_sha256": "header", "sampled_blake2b": "data"}[field]
+                raise ChangedIngredientError(
+                    f"{now['path']}: its {difference} changed since {what}. Put the old file back, or restart."
+                )

@@ -1,0 +1,271 @@
+"""``streamsoup soup``: uniform and weighted soups."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from streamsoup.units import format_binary, format_bytes, format_count, format_seconds, parse_bytes
+
+if TYPE_CHECKING:
+    from streamsoup.execution import Execution, SoupResult
+    from streamsoup.plan import Plan
+    from streamsoup.recipe import Recipe
+
+_EXAMPLES = """\
+examples:
+  streamsoup soup runs/a runs/b runs/c -o soup/                   uniform average
+  streamsoup soup runs/a:0.7 runs/b:0.3 -o soup/ --dtype bfloat16 weighted average
+  streamsoup soup --coefficients start:-1 a:1 b:1 -o soup/        numbers applied as given
+  streamsoup soup --recipe recipe.yaml -o soup/                   the same from a file
+  streamsoup soup runs/* -o soup/ --dry-run                       only the plan
+  streamsoup soup --resume soup/                                  go on after an interruption
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "soup",
+        help="average checkpoints into one",
+        description="Average checkpoints into one. Each byte of the ingredients is read once.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "ingredients",
+        nargs="*",
+        metavar="CHECKPOINT[:WEIGHT]",
+        help="a .safetensors file or a folder with one or with shards and an index; the first gives config files, "
+        "names and dtype",
+    )
+    parser.add_argument("-o", "--output", metavar="OUT", help="a new folder, or a .safetensors file")
+    recipe = parser.add_argument_group("what to make")
+    recipe.add_argument("--recipe", metavar="FILE", help="read ingredients and options from a YAML recipe")
+    recipe.add_argument(
+        "--coefficients",
+        action="store_true",
+        help="do not divide by the sum of the weights: apply them as given",
+    )
+    recipe.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    recipe.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
+    recipe.add_argument(
+        "--buffers",
+        choices=("identical", "first"),
+        help="non-float tensors that differ: refuse (default), or take the first checkpoint's",
+    )
+    recipe.add_argument(
+        "--nonfinite",
+        choices=("error", "warn", "allow"),
+        help="NaN or infinity in a checkpoint (default: error)",
+    )
+    recipe.add_argument(
+        "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
+    )
+    add_execution_options(parser)
+    parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
+    parser.set_defaults(run=run, guarded=True, on_death=after_death)
+
+
+def add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change no bit of a result."""
+    how = parser.add_argument_group("how to make it (changes no bit of the result)")
+    how.add_argument(
+        "--budget", metavar="SIZE", help="memory to own (default: a quarter of what is free, at most 2GiB)"
+    )
+    how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    how.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
+    how.add_argument(
+        "--read",
+        choices=("auto", "map", "plain"),
+        default="auto",
+        help="map files, or read them plainly (default: map what is local and cached)",
+    )
+    how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
+    how.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
+    how.add_argument("--no-keep", action="store_true", help="leave nothing behind after a failure")
+    show = parser.add_argument_group("what to show")
+    show.add_argument("--json", action="store_true", help="print the result as JSON")
+    show.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from streamsoup.cli.progress import make_progress
+    from streamsoup.cook import cook, plan_soup, resume
+    from streamsoup.errors import RecipeError
+
+    logging.getLogger("streamsoup").addHandler(logging.NullHandler())
+    with make_progress(quiet=args.quiet or args.json) as progress:
+        execution = _execution(args, progress)
+        if args.resume:
+            if args.ingredients or args.recipe or args.output or args.dry_run:
+                raise RecipeError("--resume takes everything from the interrupted run; give it alone.")
+            result = resume(args.resume, execution, nonfinite=args.nonfinite)
+        else:
+            recipe = _recipe(args)
+            if args.dry_run:
+                plan, mode = plan_soup(recipe, args.output, execution)
+                _print_plan(plan, recipe, mode, execution, args)
+                return 0
+            if not args.output:
+                raise RecipeError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
+            result = cook(recipe, args.output, execution)
+    _print_result(result, args)
+    return 0
+
+
+def after_death(args: argparse.Namespace) -> None:
+    """Say what is left after a fatal signal, or remove it."""
+    from streamsoup.cli.guard import say
+    from streamsoup.workspace import Workspace, destination_of
+
+    out = args.resume or args.output
+    workspace = Workspace(destination_of(out)) if out else None
+    if workspace is None or not workspace.exists:
+        return
+    if args.no_keep:
+        workspace.remove()
+    else:
+        say(f"Unfinished work is kept in {workspace.folder}; go on with `streamsoup soup --resume {out}`.")
+
+
+def _execution(args: argparse.Namespace, progress: Any) -> Execution:
+    from streamsoup.errors import RecipeError
+    from streamsoup.execution import Execution
+
+    if args.threads is not None and args.threads < 1:
+        raise RecipeError(f"--threads {args.threads}: at least one is needed.")
+    return Execution(
+        budget_bytes=None if args.budget is None else parse_bytes(args.budget),
+        device=args.device,
+        workers=args.threads,
+        read_mode=args.read,
+        overwrite=args.overwrite,
+        keep=not args.no_keep,
+        restart=args.restart,
+        progress=progress,
+        on_compile=progress.compiling,
+    )
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from streamsoup.checkpoints import expand_paths
+    from streamsoup.errors import RecipeError
+    from streamsoup.recipe import make_recipe, read_recipe
+
+    options: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("dtype", args.dtype),
+            ("shard_bytes", args.shard_size and parse_bytes(args.shard_size)),
+            ("buffers", args.buffers),
+            ("nonfinite", args.nonfinite),
+        )
+        if value is not None
+    }
+    if args.recipe:
+        if args.ingredients:
+            raise RecipeError("Give checkpoints or --recipe, not both.")
+        recipe: Recipe = dataclasses.replace(read_recipe(args.recipe), **options)
+        return dataclasses.replace(recipe, normalize=False) if args.coefficients else recipe
+    if not args.ingredients:
+        raise RecipeError("Name the checkpoints to average, or a recipe with --recipe.")
+    pairs = [_split_weight(text) for text in args.ingredients]
+    paths = [path for path, _ in pairs]
+    weights: list[float] | None = [1.0 if weight is None else weight for _, weight in pairs]
+    if all(weight is None for _, weight in pairs) and not args.as_given:
+        paths, weights = expand_paths(paths), None
+    if args.coefficients:
+        return make_recipe(paths, coefficients=weights or [1.0] * len(paths), **options)
+    return make_recipe(paths, weights=weights, **options)
+
+
+def _split_weight(text: str) -> tuple[str, float | None]:
+    """Take the weight off ``path:0.7``; a path that exists as it is keeps its colon."""
+    path, colon, number = text.rpartition(":")
+    if not colon or not path or os.path.exists(text):
+        return text, None
+    try:
+        return path, float(number)
+    except ValueError:
+        return text, None
+
+
+def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, args: argparse.Namespace) -> None:
+    copied = sum(not plan.is_averaged(t) for t in range(len(plan.table)))
+    tiling = plan.tiling
+    facts: dict[str, Any] = {
+        "method": recipe.method,
+        "ingredients": [{"path": i.path, "weight": i.weight} for i in recipe.ingredients],
+        "tensors": len(plan.table),
+        "copied_tensors": copied,
+        "parameters": plan.parameters,
+        "bytes_to_read": plan.bytes_to_read,
+        "bytes_to_write": plan.bytes_to_write,
+        "shards": len(plan.layout.shards),
+        "tile_elements": tiling.tile_elements,
+        "group": tiling.group,
+        "threads": tiling.workers,
+        "projected_peak_bytes": plan.projected_peak_bytes,
+        "metadata_bytes": plan.metadata_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "read_mode": mode,
+        "device": execution.device,
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return
+    print(f"{recipe.method} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
+    for number, (ingredient, checkpoint) in enumerate(zip(recipe.ingredients, plan.checkpoints, strict=True), 1):
+        size = format_bytes(int(checkpoint.table.nbytes.sum()))
+        dtypes = "+".join(sorted({checkpoint.table.dtype(t).name for t in range(len(checkpoint.table))}))
+        print(f"  {number:>3}  {ingredient.path}  weight {ingredient.weight:g}, {size}, {dtypes}")
+    groups = "" if tiling.group == len(recipe.ingredients) else f", {tiling.group} ingredients at a time"
+    rows = [
+        ("tensors", f"{len(plan.table):,} ({copied:,} copied)"),
+        ("parameters", format_count(plan.parameters)),
+        ("read", f"{format_bytes(plan.bytes_to_read)}, once ({_READ_WORDS[mode]})"),
+        ("write", f"{format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s)"),
+        ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
+        (
+            "tile",
+            f"{tiling.tile_elements:,} elements{groups}, {tiling.workers} thread(s) on {execution.device}",
+        ),
+        ("budget", format_binary(plan.budget_bytes)),
+        ("peak memory", f"{format_binary(plan.projected_peak_bytes)} projected"),
+        ("plan", f"{format_binary(plan.metadata_bytes)} for names, places and digests"),
+    ]
+    for label, text in rows:
+        print(f"  {label:<12} {text}")
+
+
+_READ_WORDS = {"map": "mapped files", "plain": "plain reads"}
+
+
+def _print_result(result: SoupResult, args: argparse.Namespace) -> None:
+    if args.json:
+        document = {
+            **dataclasses.asdict(result),
+            "path": str(result.path),
+            "gb_per_s": result.gb_per_s,
+        }
+        print(json.dumps(document))
+        return
+    if args.quiet:
+        return
+    for note in result.notes:
+        print(f"note: {note}")
+    print(
+        f"{result.path}: {result.ingredients} checkpoints, {format_count(result.parameters)} parameters\n"
+        f"  read {format_bytes(result.bytes_read)}, wrote {format_bytes(result.bytes_written)} in "
+        f"{format_seconds(result.seconds)} ({result.gb_per_s:.3g} GB/s), limited by {result.limited_by}\n"
+        f"  peak memory {format_binary(result.measured_peak_bytes)} "
+        f"(projected {format_binary(result.projected_peak_bytes)})"
+    )

@@ -1,0 +1,365 @@
+"""The main job as one call: find the ingredients, plan, run, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamsoup.backends import open_backend
+from streamsoup.backends.protocol import Backend
+from streamsoup.budget import PeakSampler, available_cores, default_budget_bytes
+from streamsoup.checkpoints import (
+    expand_paths,
+    expect_identity,
+    identify,
+    identity_to_json,
+    open_checkpoints,
+    verify_unchanged,
+)
+from streamsoup.companions import copy_companions
+from streamsoup.dtypes import BY_NAME, DTYPES, parse_float_dtype
+from streamsoup.engine import Engine, Outcome, Progress
+from streamsoup.errors import ChangedIngredientError, MismatchError
+from streamsoup.execution import Execution, SoupResult
+from streamsoup.findings import check_copied, check_finite
+from streamsoup.journal import Journal
+from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
+from streamsoup.methods import linear
+from streamsoup.plan import Plan, make_plan
+from streamsoup.read import choose_mode, open_reader
+from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, recipe_to_yaml
+from streamsoup.units import parse_bytes
+from streamsoup.workspace import Workspace, check_destination, destination_of
+from streamsoup.write import FileSink, require_space, write_durably
+
+_log = logging.getLogger(__name__)
+_COMPILE_NOTICE_SECONDS = 1.0
+_SIDE_FILES_BYTES = 16_000_000  # room for configuration, tokenizer, manifest and journal
+_PLAIN_WORKERS = 8  # a disk needs several requests in flight
+
+
+def soup(
+    ingredients: str | Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    coefficients: Sequence[float] | None = None,
+    dtype: str | None = None,
+    shard_size: int | str = "5GB",
+    buffers: str = "identical",
+    nonfinite: str = "error",
+    budget_bytes: int | str | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    read_mode: str = "auto",
+    overwrite: bool = False,
+    keep: bool = True,
+    restart: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> SoupResult:
+    """Average checkpoints into one, tile by tile, under a byte budget.
+
+    Parameters
+    ----------
+    ingredients : path, pattern, or sequence of paths and patterns
+        ``.safetensors`` files or folders of them, any sharding, any mix of float dtypes. The first gives the names,
+        their order, the configuration files and, unless `dtype` is given, the output dtypes.
+    out : path
+        A new folder, or a ``.safetensors`` file.
+    weights : sequence of float, optional
+        One for each ingredient, divided by their sum; by default all are equal.
+    coefficients : sequence of float, optional
+        Applied as given, instead of weights.
+    dtype : str, optional
+        Float dtype of the output, such as ``bfloat16``.
+    shard_size : int or str
+        Largest output shard.
+    buffers : {"identical", "first"}
+        Refuse non-float tensors that differ, or take the first ingredient's.
+    nonfinite : {"error", "warn", "allow"}
+        What to do about NaN or infinity.
+    budget_bytes : int or str, optional
+        What the engine may own, such as ``"512MiB"``; by default a quarter of what is free, at most 2 GiB.
+    device, workers, read_mode, overwrite, keep, restart, progress
+        See `Execution`.
+
+    Returns
+    -------
+    SoupResult
+
+    Raises
+    ------
+    StreamsoupError
+        See `streamsoup.errors`.
+
+    Notes
+    -----
+    Memory: at most `budget_bytes`, for any number and size of ingredients. Each ingredient byte is read once.
+
+    Source: Wortsman et al. 2022, arXiv 2203.05482.
+    """
+    given = [ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients]
+    paths = expand_paths(given) if weights is None and coefficients is None else given
+    recipe = make_recipe(
+        paths,
+        weights=weights,
+        coefficients=coefficients,
+        dtype=dtype,
+        shard_bytes=parse_bytes(shard_size),
+        buffers=buffers,
+        nonfinite=nonfinite,
+    )
+    execution = Execution(
+        budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),
+        device=device,
+        workers=workers,
+        read_mode=read_mode,
+        overwrite=overwrite,
+        keep=keep,
+        restart=restart,
+        progress=progress,
+    )
+    return cook(recipe, out, execution)
+
+
+def plan_soup(recipe: Recipe, out: str | Path | None, execution: Execution) -> tuple[Plan, str]:
+    """Make the plan of a soup from headers alone, and say how it would be read.
+
+    Raises
+    ------
+    StreamsoupError
+    """
+    destination = None if out is None else destination_of(out)
+    method = linear([i.weight for i in recipe.ingredients], normalize=recipe.normalize, name=recipe.method)
+    checkpoints = open_checkpoints([i.path for i in recipe.ingredients])
+    mode = choose_mode(checkpoints, execution.read_mode)
+    cores = available_cores()
+    workers = execution.workers or (max(_PLAIN_WORKERS, 2 * cores) if mode == "plain" else cores)
+    plan = make_plan(
+        checkpoints,
+        method,
+        dtype=recipe.dtype,
+        shard_bytes=recipe.shard_bytes,
+        file_name=destination.path.name if destination and destination.is_file else None,
+        budget_bytes=execution.budget_bytes or default_budget_bytes(),
+        workers=workers,
+        staged=mode == "plain" or execution.device != "cpu",
+    )
+    if destination is not None:
+        check_destination(destination, checkpoints, overwrite=execution.overwrite)
+    return plan, mode
+
+
+def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
+    """Make the soup of a recipe. See `soup` for what it promises.
+
+    Raises
+    ------
+    StreamsoupError
+    """
+    began = time.perf_counter()
+    workspace = Workspace(destination_of(out))
+    backend = open_backend(execution.device)
+    plan, mode = plan_soup(recipe, out, execution)
+    if execution.restart:
+        workspace.remove()
+    require_space(_existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
+    workspace.create()
+    with _keep_or_remove(workspace, keep=execution.keep):
+        job = {
+            "id": uuid.uuid4().hex,
+            "recipe": recipe_to_mapping(recipe),
+            "fingerprint": plan.fingerprint,
+            "overwrite": execution.overwrite,
+            "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
+        }
+        workspace.write_job(job)
+        return _Cook(plan, mode, recipe, workspace, job, backend, execution, began).run()
+
+
+def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = None) -> SoupResult:
+    """Go on with a soup whose making was interrupted; the result has the same bits.
+
+    Parameters
+    ----------
+    out : path
+        The destination of the interrupted run.
+    execution : Execution
+        May differ from the interrupted run's in everything.
+    nonfinite : {"error", "warn", "allow"}, optional
+        Instead of the recipe's, after a run that stopped for NaN or infinity.
+
+    Raises
+    ------
+    ResumeError
+        If there is nothing to resume.
+    ChangedIngredientError
+        If an ingredient is no longer what it was.
+    """
+    began = time.perf_counter()
+    workspace = Workspace(destination_of(out))
+    job = workspace.read_job()
+    recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
+    if nonfinite is not None:
+        recipe = replace(recipe, nonfinite=nonfinite)
+    backend = open_backend(execution.device)
+    published = workspace.is_published(job["id"])
+    execution = replace(execution, overwrite=execution.overwrite or job["overwrite"] or published)
+    plan, mode = plan_soup(recipe, out, execution)
+    cook = _Cook(plan, mode, recipe, workspace, job, backend, execution, began)
+    if published:
+        workspace.remove()
+        return cook.result(Outcome.empty(plan), measured_peak_bytes=0, digests=(), notes=())
+    if plan.fingerprint != job["fingerprint"]:
+        raise ChangedIngredientError(
+            f"{workspace.folder}: was begun with ingredients of other names or shapes. Put the old files back, or "
+            "begin anew with --restart."
+        )
+    for checkpoint, identity in zip(plan.checkpoints, job["identities"], strict=True):
+        expect_identity(checkpoint, identity, what="the work began")
+    with _keep_or_remove(workspace, keep=execution.keep):
+        return cook.run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cook:
+    """One soup in the making."""
+
+    plan: Plan
+    mode: str
+    recipe: Recipe
+    workspace: Workspace
+    job: dict[str, Any]
+    backend: Backend
+    execution: Execution
+    began: float
+
+    def run(self) -> SoupResult:
+        plan, execution = self.plan, self.execution
+        dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
+        dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
+        with _notice(execution.on_compile):
+            self.backend.prepare(wide=BY_NAME["F64"] in dtypes, fp8=any(d.is_fp8 for d in dtypes))
+        with PeakSampler() as sampler:
+            outcome = self._reduce(sampler)
+        for checkpoint in plan.checkpoints:
+            verify_unchanged(checkpoint)
+        notes = check_copied(plan, outcome, self.recipe.buffers)
+        notes += check_finite(plan, outcome, self.recipe.nonfinite)
+        for note in notes:
+            _log.warning(note)
+        digests = self._write_side_files(outcome, notes)
+        self.workspace.publish(overwrite=execution.overwrite)
+        return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=digests, notes=tuple(notes))
+
+    def _reduce(self, sampler: PeakSampler) -> Outcome:
+        plan = self.plan
+        with (
+            Journal(self.workspace.journal_path) as journal,
+            open_reader(plan.checkpoints, self.mode) as reader,
+        ):
+            records = journal.read()
+            with FileSink(self.workspace.soup, plan.layout, existing=bool(records)) as sink:
+                engine = Engine(
+                    plan, self.backend, reader, sink, commit=journal.append, progress=self.execution.progress
+                )
+                done: dict[int, list[tuple[int, int]]] = {}
+                for record in records:
+                    engine.outcome.add(record)
+                    done.setdefault(record.tensor, []).append((record.start, record.elements))
+                engine.run(plan.tiles(averaged=False, done=done))
+                check_copied(plan, engine.outcome, self.recipe.buffers)
+                engine.run(plan.tiles(averaged=True, done=done))
+                sampler.sample()
+                return engine.outcome
+
+    def _write_side_files(self, outcome: Outcome, notes: Sequence[str]) -> tuple[str, ...]:
+        plan, recipe, folder = self.plan, self.recipe, self.workspace.soup
+        manifest = build_manifest(
+            plan, recipe, self.job["identities"], outcome.digests, device=self.backend.name, notes=notes
+        )
+        manifest["id"] = self.job["id"]
+        destination = self.workspace.destination
+        prefix = f"{destination.companion_stem}." if destination.is_file else ""
+        absolute = replace(
+            recipe,
+            ingredients=tuple(replace(i, path=str(Path(i.path).resolve())) for i in recipe.ingredients),
+        )
+        write_durably(folder / f"{prefix}{MANIFEST_NAME}", manifest_to_json(manifest))
+        write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(absolute))
+        if not destination.is_file:
+            write_durably(folder / "README.md", model_card(plan, recipe, manifest))
+            if plan.layout.index is not None:
+                write_durably(folder / "model.safetensors.index.json", plan.layout.index)
+            if (source := plan.checkpoints[0].folder) is not None:
+                copy_companions(source, folder, dtype=None if recipe.dtype is None else parse_float_dtype(recipe.dtype))
+        return tuple(entry["content_digest"] for entry in manifest["ingredients"])
+
+    def result(
+        self, outcome: Outcome, *, measured_peak_bytes: int, digests: tuple[str, ...], notes: tuple[str, ...]
+    ) -> SoupResult:
+        plan = self.plan
+        stages = dict(outcome.stage_seconds)
+        waited = {k: v / (1 if k == "sync" else plan.tiling.workers) for k, v in stages.items()}
+        return SoupResult(
+            path=self.workspace.destination.path,
+            ingredients=len(plan.checkpoints),
+            tensors=len(plan.table),
+            parameters=plan.parameters,
+            bytes_read=outcome.bytes_read,
+            bytes_written=outcome.bytes_written,
+            seconds=time.perf_counter() - self.began,
+            projected_peak_bytes=plan.projected_peak_bytes,
+            measured_peak_bytes=measured_peak_bytes,
+            metadata_bytes=plan.metadata_bytes,
+            read_mode=self.mode,
+            device=self.backend.name,
+            stage_seconds=stages,
+            limited_by=max(waited, key=lambda stage: waited[stage]),
+            content_digests=digests,
+            notes=notes,
+        )
+
+
+@contextlib.contextmanager
+def _keep_or_remove(workspace: Workspace, *, keep: bool) -> Iterator[None]:
+    """On a failure, keep the work that was done and say where it is; or leave nothing."""
+    try:
+        yield
+    except BaseException as error:
+        journal = workspace.journal_path
+        begun = journal.exists() and journal.stat().st_size > 0
+        if keep and begun and not isinstance(error, MismatchError):
+            error.add_note(
+                f"Unfinished work is kept in {workspace.folder}; go on with "
+                f"`streamsoup soup --resume {workspace.destination.path}`."
+            )
+        else:
+            workspace.remove()
+        raise
+
+
+@contextlib.contextmanager
+def _notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
+    """Call back if the block takes so long that it must be compiling."""
+    if on_compile is None:
+        yield
+        return
+    timer = threading.Timer(_COMPILE_NOTICE_SECONDS, on_compile)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())

@@ -1,0 +1,333 @@
+"""Runs a plan through a backend into a sink: the only place with threads and queues.
+
+Each worker takes the next tile, brings the ingredients' bytes into reach, has them combined, writes the result and
+records it. Workers share nothing but the list of tiles, so reads, arithmetic and writes of different tiles overlap.
+One more thread makes finished tiles durable and only then enters them into the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.backends.protocol import Backend, Blend, Slot
+from streamsoup.journal import TileRecord
+from streamsoup.maps import bytes_at
+from streamsoup.plan import Plan, Tile
+from streamsoup.read import Reader
+from streamsoup.tiling import BLOCK_ELEMENTS
+from streamsoup.write import Sink
+
+_PROGRESS_SECONDS = 0.1
+# How much work a crash may cost. A commit waits for the disk and for the file system's own journal, so not too often.
+_COMMIT_SECONDS = 2.0
+_START_SYNC_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes
+    ----------
+    stage : str
+        ``reduce``, ``sync`` or ``publish``.
+    done_bytes, total_bytes : int
+        Of ingredients.
+    seconds : float
+        Since the run began.
+    """
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Ingredient bytes a second, in 10⁹."""
+        return self.done_bytes / 1e9 / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run found.
+
+    Attributes
+    ----------
+    digests : uint64 array, shape (ingredients, tensors)
+        Sums of the digests of all blocks of each tensor.
+    nonfinite : dict of (ingredient, tensor) to count
+    overflowed : dict of tensor to count
+    differs : dict of tensor to set of ingredients
+        Copied tensors that are not the same in all ingredients.
+    bytes_read, bytes_written : int
+    stage_seconds : dict of str to float
+        Thread-seconds in ``read``, ``reduce``, ``write``; seconds waited for ``sync``.
+    """
+
+    digests: npt.NDArray[np.uint64]
+    nonfinite: dict[tuple[int, int], int] = field(default_factory=dict)
+    overflowed: dict[int, int] = field(default_factory=dict)
+    differs: dict[int, set[int]] = field(default_factory=dict)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    stage_seconds: dict[str, float] = field(
+        default_factory=lambda: {"read": 0.0, "reduce": 0.0, "write": 0.0, "sync": 0.0}
+    )
+
+    @staticmethod
+    def empty(plan: Plan) -> Outcome:
+        """Make the outcome of a run that has not begun."""
+        return Outcome(np.zeros((len(plan.checkpoints), len(plan.table)), np.uint64))
+
+    def add(self, record: TileRecord) -> None:
+        """Take in one finished tile."""
+        column = self.digests[:, record.tensor]
+        np.add(column, record.digests, out=column)
+        if record.nonfinite is not None:
+            for ingredient in np.flatnonzero(record.nonfinite).tolist():
+                key = (ingredient, record.tensor)
+                self.nonfinite[key] = self.nonfinite.get(key, 0) + int(record.nonfinite[ingredient])
+        if record.overflowed:
+            self.overflowed[record.tensor] = self.overflowed.get(record.tensor, 0) + record.overflowed
+        if record.differs is not None:
+            self.differs.setdefault(record.tensor, set()).update(np.flatnonzero(record.differs).tolist())
+
+
+class Engine:
+    """Runs tiles of one plan.
+
+    Parameters
+    ----------
+    plan : Plan
+    backend, reader, sink : see their protocols
+    commit : callable taking a list of TileRecord, optional
+        Enters tiles into a journal; called after the sink made them durable, from one thread at a time.
+    progress : callable taking a Progress, optional
+        Called about ten times a second from the thread that called `run`. An exception from it stops the run.
+
+    Attributes
+    ----------
+    outcome : Outcome
+
+    Notes
+    -----
+    Memory: one slot for each worker (see `streamsoup.tiling`). Bytes moved: each ingredient byte is read once, each
+    output byte written once.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        reader: Reader,
+        sink: Sink,
+        *,
+        commit: Callable[[list[TileRecord]], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.outcome = Outcome.empty(plan)
+        self._plan = plan
+        self._backend = backend
+        self._reader = reader
+        self._sink = sink
+        self._commit = commit
+        self._progress = progress
+        self._began = time.perf_counter()
+        self._lock = threading.Lock()
+        self._finished: list[TileRecord] = []
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self._idle = threading.Event()
+        self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
+
+    def _new_slot(self) -> Slot:
+        plan = self._plan
+        return self._backend.slot(
+            plan.tiling,
+            in_itemsize=plan.needs.in_itemsize,
+            out_itemsize=plan.needs.out_itemsize,
+            ingredients=len(plan.checkpoints),
+            staged=plan.staged,
+        )
+
+    def run(self, tiles: Iterable[Tile]) -> Outcome:
+        """Do these tiles, and return when their bytes are durable.
+
+        On an error or an interrupt, tiles that were finished are still committed before it is raised.
+        """
+        source = iter(tiles)
+        self._stop.clear()
+        self._idle.clear()
+        running = [len(self._slots)]
+        workers = [
+            threading.Thread(target=self._work, args=(slot, source, running), name=f"streamsoup-{i}", daemon=True)
+            for i, slot in enumerate(self._slots)
+        ]
+        syncer = threading.Thread(target=self._keep_syncing, name="streamsoup-sync", daemon=True)
+        for thread in (*workers, syncer):
+            thread.start()
+        try:
+            while not self._idle.wait(_PROGRESS_SECONDS):
+                self._report("reduce")
+        finally:
+            self._stop.set()
+            for thread in (*workers, syncer):
+                thread.join()
+            self._report_quietly("sync")
+            began = time.perf_counter()
+            self._commit_finished()
+            self.outcome.stage_seconds["sync"] += time.perf_counter() - began
+        if self._error is not None:
+            raise self._error
+        return self.outcome
+
+    def _work(self, slot: Slot, tiles: Iterator[Tile], running: list[int]) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    tile = next(tiles, None)
+                if tile is None:
+                    break
+                step = self._average if self._plan.is_averaged(tile.tensor) else self._copy
+                step(slot, tile)
+        except BaseException as error:  # raised again in the thread that called run
+            self._fail(error)
+        finally:
+            with self._lock:
+                running[0] -= 1
+                if not running[0]:
+                    self._idle.set()
+
+    def _average(self, slot: Slot, tile: Tile) -> None:
+        began = time.perf_counter()
+        plan = self._plan
+        blend = make_blend(plan, tile.tensor)
+        first_block = tile.start // BLOCK_ELEMENTS
+        token, read = None, 0.0
+        for first in range(0, len(blend.weights), plan.tiling.group):
+            group = range(first, min(first + plan.tiling.group, len(blend.weights)))
+            start = time.perf_counter()
+            addresses = [self._fetch(slot, i, tile, blend.itemsizes[i], staging_index=i - first) for i in group]
+            read += time.perf_counter() - start
+            token = slot.combine(addresses, blend, first, tile.elements, first_block)
+        assert token is not None
+        combined = token.result()
+        reduced = time.perf_counter()
+        self._sink.write(tile.tensor, tile.start * blend.out_itemsize, combined.output)
+        record = TileRecord(
+            tile.tensor,
+            tile.start,
+            tile.elements,
+            digests=combined.digests.copy(),
+            nonfinite=combined.nonfinite.copy() if combined.nonfinite.any() else None,
+            overflowed=combined.overflowed,
+        )
+        self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
+
+    def _copy(self, slot: Slot, tile: Tile) -> None:
+        began = time.perf_counter()
+        plan, count = self._plan, len(self._plan.checkpoints)
+        itemsize = plan.out_dtype(tile.tensor).itemsize
+        nbytes = tile.elements * itemsize
+        output = slot.output(nbytes)
+        first = np.frombuffer(output, np.uint8)
+        digests = np.zeros(count, np.uint64)
+        differs = np.zeros(count, np.bool_)
+        for i in range(count):
+            address = self._fetch(slot, i, tile, itemsize, staging_index=0)
+            if i == 0:
+                first[:] = bytes_at(address, nbytes)
+            else:
+                differs[i] = not np.array_equal(first, bytes_at(address, nbytes))
+            digests[i] = self._backend.digest(address, nbytes, itemsize, tile.start // BLOCK_ELEMENTS)
+        reduced = time.perf_counter()
+        self._sink.write(tile.tensor, tile.start * itemsize, output)
+        record = TileRecord(tile.tensor, tile.start, tile.elements, digests, differs=differs if differs.any() else None)
+        self._finish(record, count * itemsize, itemsize, began, reduced - began, reduced)
+
+    def _fetch(self, slot: Slot, ingredient: int, tile: Tile, itemsize: int, *, staging_index: int) -> int:
+        plan = self._plan
+        position = plan.alignment.position(ingredient, tile.tensor)
+        table = plan.checkpoints[ingredient].table
+        nbytes = tile.elements * itemsize
+        return self._reader.fetch(
+            ingredient,
+            int(table.shards[position]),
+            int(table.begins[position]) + tile.start * itemsize,
+            nbytes,
+            slot.staging(staging_index, nbytes),
+        )
+
+    def _finish(
+        self, record: TileRecord, read_itemsize: int, itemsize: int, began: float, read: float, reduced: float
+    ) -> None:
+        written = time.perf_counter()
+        with self._lock:
+            self._finished.append(record)
+            self.outcome.add(record)
+            self.outcome.bytes_read += record.elements * read_itemsize
+            self.outcome.bytes_written += record.elements * itemsize
+            stages = self.outcome.stage_seconds
+            stages["read"] += read
+            stages["reduce"] += reduced - began - read
+            stages["write"] += written - reduced
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+        self._stop.set()
+
+    def _keep_syncing(self) -> None:
+        last = time.perf_counter()
+        try:
+            while not self._idle.wait(_START_SYNC_SECONDS) and not self._stop.is_set():
+                if time.perf_counter() - last >= _COMMIT_SECONDS:
+                    self._commit_finished()
+                    last = time.perf_counter()
+                else:
+                    self._sink.start_sync()
+        except BaseException as error:  # raised again in the thread that called run
+            self._fail(error)
+
+    def _commit_finished(self) -> None:
+        with self._lock:
+            batch, self._finished = self._finished, []
+        if batch:
+            self._sink.sync()
+            if self._commit is not None:
+                self._commit(batch)
+
+    def _report(self, stage: str) -> None:
+        if self._progress is not None:
+            seconds = time.perf_counter() - self._began
+            self._progress(Progress(stage, self.outcome.bytes_read, self._plan.bytes_to_read, seconds))
+
+    def _report_quietly(self, stage: str) -> None:
+        """Report while an exception may be on its way: one from the callback must not hide it."""
+        try:
+            self._report(stage)
+        except Exception as error:
+            self._fail(error)
+
+
+def make_blend(plan: Plan, tensor: int) -> Blend:
+    """Gather the numbers with which a tensor is combined."""
+    numbers = plan.method.coefficients(plan.table.names[tensor])
+    dtypes = [plan.in_dtype(i, tensor) for i in range(len(plan.checkpoints))]
+    out = plan.out_dtype(tensor)
+    return Blend(
+        codes=np.array([d.kernel_code for d in dtypes], np.uint8),
+        itemsizes=tuple(d.itemsize for d in dtypes),
+        weights=np.array(numbers.weights),
+        divisor=numbers.divisor,
+        out_code=out.kernel_code,
+        out_itemsize=out.itemsize,
+        wide=plan.is_wide(tensor),
+    )

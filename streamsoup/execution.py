@@ -1,0 +1,95 @@
+"""How to make a soup, and what it cost: values that change no bit of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamsoup.engine import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How to make a soup; nothing here changes a bit of it.
+
+    Attributes
+    ----------
+    budget_bytes : int or None
+        What the engine may own; None: a quarter of what is free, at most 2 GiB.
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:N``.
+    workers : int or None
+        Threads; None: the cores, or more where the disk is waited for.
+    read_mode : {"auto", "map", "plain"}
+    overwrite : bool
+        Replace a soup that stands at the destination.
+    keep : bool
+        Keep unfinished work after a failure.
+    restart : bool
+        Throw away unfinished work of an earlier run.
+    progress : callable taking a `Progress`, optional
+        An exception from it stops the run.
+    on_compile : callable, optional
+        Called once if kernels must be compiled.
+    """
+
+    budget_bytes: int | None = None
+    device: str = "cpu"
+    workers: int | None = None
+    read_mode: str = "auto"
+    overwrite: bool = False
+    keep: bool = True
+    restart: bool = False
+    progress: Callable[[Progress], None] | None = None
+    on_compile: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SoupResult:
+    """What was made, and what it cost.
+
+    Attributes
+    ----------
+    path : Path
+    ingredients, tensors, parameters : int
+    bytes_read, bytes_written : int
+        Of tensors, in this run.
+    seconds : float
+        From the first header to the published soup.
+    projected_peak_bytes, measured_peak_bytes : int
+        What the engine owned, above the level after imports and compilation.
+    metadata_bytes : int
+        The plan's own part, projected.
+    read_mode, device : str
+    stage_seconds : dict of str to float
+        Thread-seconds in ``read``, ``reduce``, ``write``; seconds waited for ``sync``.
+    limited_by : str
+        The stage that took most of the time.
+    content_digests : tuple of str
+        One for each ingredient.
+    notes : tuple of str
+        What was let through on request.
+    """
+
+    path: Path
+    ingredients: int
+    tensors: int
+    parameters: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    projected_peak_bytes: int
+    measured_peak_bytes: int
+    metadata_bytes: int
+    read_mode: str
+    device: str
+    stage_seconds: dict[str, float]
+    limited_by: str
+    content_digests: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Ingredient bytes a second, in 10⁹."""
+        return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0

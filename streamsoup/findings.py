@@ -1,0 +1,53 @@
+"""What a run found in the numbers, in words: buffers that differ, NaN and infinity."""
+
+from __future__ import annotations
+
+from streamsoup.engine import Outcome
+from streamsoup.errors import MismatchError, NonFiniteError
+from streamsoup.plan import Plan
+
+
+def check_copied(plan: Plan, outcome: Outcome, buffers: str) -> list[str]:
+    """Refuse non-float tensors that differ between ingredients, or note that the first's were taken.
+
+    Raises
+    ------
+    MismatchError
+        If `buffers` is ``identical`` and some differ.
+    """
+    first = plan.checkpoints[0].path
+    sentences = []
+    for tensor in sorted(outcome.differs):
+        others = ", ".join(plan.checkpoints[i].path for i in sorted(outcome.differs[tensor]))
+        name, dtype = plan.table.names[tensor], plan.out_dtype(tensor).name
+        sentences.append(f"{name}: {dtype} buffer in {others} differs from the one in {first}.")
+    if sentences and buffers == "identical":
+        raise MismatchError(sentences, advice="Give --buffers first to take those of the first ingredient.")
+    return [f"{sentence} The first ingredient's was taken." for sentence in sentences]
+
+
+def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
+    """Refuse NaN and infinity, or note where they are.
+
+    Raises
+    ------
+    NonFiniteError
+        If `nonfinite` is ``error``; it lists every offending ingredient and tensor.
+    """
+    names = plan.table.names
+    found = [
+        f"{names[tensor]}: {count:,} NaN or infinite element(s) in {plan.checkpoints[ingredient].path}."
+        for (ingredient, tensor), count in sorted(outcome.nonfinite.items())
+    ]
+    found += [
+        f"{names[tensor]}: {count:,} element(s) of the soup are too large for {plan.out_dtype(tensor).torch_name}."
+        for tensor, count in sorted(outcome.overflowed.items())
+    ]
+    if found and nonfinite == "error":
+        advice = []
+        if outcome.nonfinite:
+            advice.append("Leave these ingredients out, or resume with --nonfinite warn.")
+        if outcome.overflowed:
+            advice.append("Choose a wider --dtype.")
+        raise NonFiniteError(found, " ".join(advice))
+    return found if nonfinite == "warn" else []

@@ -1,0 +1,168 @@
+"""What a soup is made of, for trust: the manifest, the recipe beside it, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup._version import __version__
+from streamsoup.checkpoints import Checkpoint
+from streamsoup.plan import Plan
+from streamsoup.recipe import Recipe
+from streamsoup.units import format_bytes, format_count
+
+MANIFEST_NAME = "streamsoup.json"
+RECIPE_NAME = "recipe.yaml"
+MANIFEST_FORMAT = 1
+
+
+def content_digest(checkpoint: Checkpoint, positions: npt.NDArray[np.intp], digests: npt.NDArray[np.uint64]) -> str:
+    """Digest of all that a checkpoint holds, whatever its shards and the order of its tensors.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    positions : integer array, shape (tensors,)
+        Position in the checkpoint's table of each tensor.
+    digests : uint64 array, shape (tensors,)
+        Digest of the bytes of each of them.
+
+    Notes
+    -----
+    It tells an ingredient apart from any other by accident, not against an attacker: the digest of a tensor's bytes
+    is 64 bits of a sum that runs at the speed of memory (see ``streamsoup.kernels.hashing``).
+    """
+    table = checkpoint.table
+    by_name = sorted(range(len(positions)), key=lambda i: table.names[positions[i]])
+    digest = hashlib.blake2b(digest_size=16)
+    for i in by_name:
+        position = int(positions[i])
+        digest.update(f"{table.names[position]}\0{table.dtype(position).name}{table.shape(position)}\0".encode())
+    digest.update(digests[by_name].astype("<u8").tobytes())
+    return digest.hexdigest()
+
+
+def build_manifest(
+    plan: Plan,
+    recipe: Recipe,
+    identities: Sequence[Sequence[Mapping[str, Any]]],
+    digests: npt.NDArray[np.uint64],
+    *,
+    device: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Gather what is known of a soup as plain data.
+
+    Parameters
+    ----------
+    plan : Plan
+    recipe : Recipe
+    identities : one list of shard identities for each ingredient
+    digests : uint64 array, shape (ingredients, tensors)
+    device : str
+    notes : sequence of str
+        What a reader should know, such as non-finite values that were let through.
+    """
+    everywhere = np.arange(len(plan.table))
+    ingredients = []
+    for i, (ingredient, checkpoint) in enumerate(zip(recipe.ingredients, plan.checkpoints, strict=True)):
+        order = plan.alignment.orders[i]
+        positions = everywhere if order is None else order.astype(np.intp)
+        ingredients.append(
+            {
+                "path": ingredient.path,
+                "weight": ingredient.weight,
+                "content_digest": content_digest(checkpoint, positions, digests[i]),
+                "shards": list(identities[i]),
+            }
+        )
+    return {
+        "streamsoup_manifest": MANIFEST_FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": recipe.method,
+        "normalize": recipe.normalize,
+        "buffers": recipe.buffers,
+        "tensors": len(plan.table),
+        "parameters": plan.parameters,
+        "ingredients": ingredients,
+        "shards": [{"name": s.name, "size_bytes": s.file_bytes} for s in plan.layout.shards],
+        "notes": list(notes),
+        "device": device,
+        "versions": {"streamsoup": __version__, "python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("numpy", "numba", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def manifest_to_json(manifest: Mapping[str, Any]) -> str:
+    """Write a manifest for a file."""
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    """Write the README.md of a soup folder."""
+    total = sum(i.weight for i in recipe.ingredients)
+    rows = "\n".join(
+        f"| {i + 1} | `{_short(ingredient.path)}` | {ingredient.weight:g} | "
+        f"{ingredient.weight / total if recipe.normalize else ingredient.weight:.4g} | "
+        f"`{entry['content_digest']}` |"
+        for i, (ingredient, entry) in enumerate(zip(recipe.ingredients, manifest["ingredients"], strict=True))
+    )
+    how = {
+        "uniform": "the uniform average",
+        "weighted": "the weighted average",
+        "coefficients": "a linear combination (coefficients applied as given)",
+    }[recipe.method]
+    dtypes = ", ".join(sorted({plan.out_dtype(t).name for t in range(len(plan.table)) if plan.is_averaged(t)}))
+    notes = "".join(f"\n- {note}" for note in manifest["notes"])
+    return f"""---
+tags:
+- model-soup
+- merge
+- streamsoup
+---
+
+# Model soup
+
+This checkpoint is {how} of the weights of {len(recipe.ingredients)} fine-tuned checkpoints of one network
+([model soup](https://arxiv.org/abs/2203.05482)), made with streamsoup {__version__}.
+
+| | |
+|---|---|
+| parameters | {format_count(plan.parameters)} |
+| tensors | {len(plan.table)} |
+| dtype | {dtypes or "-"} |
+| size | {format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s) |
+
+## Recipe
+
+| # | ingredient | weight | share | content digest |
+|---|---|---|---|---|
+{rows}
+
+Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once.
+`{RECIPE_NAME}` makes the same soup again, bit for bit: `streamsoup soup --recipe {RECIPE_NAME} -o again/`.
+`{MANIFEST_NAME}` records who the ingredients were.
+{notes}"""
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path: enough to know it, and no one's home folder."""
+    return "/".join(Path(path).parts[-2:])

@@ -1,0 +1,229 @@
+"""From ingredients, a method and a budget to a plan: pure functions that read nothing but headers.
+
+Executing a plan cannot discover a missing tensor, an unequal shape or a file that does not fit: all that is
+refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.align import Alignment, align
+from streamsoup.checkpoints import Checkpoint, TensorTable
+from streamsoup.dtypes import BY_NAME, DTYPES, DType, parse_float_dtype
+from streamsoup.layout import Layout, lay_out
+from streamsoup.methods import Method
+from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
+
+_FLOAT = np.array([d.is_float for d in DTYPES])
+_ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
+_WIDE = BY_NAME["F64"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A contiguous element range of one tensor: the unit of work."""
+
+    tensor: int
+    start: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done, settled before anything is read.
+
+    Attributes
+    ----------
+    checkpoints : tuple of Checkpoint
+    method : Method
+    alignment : Alignment
+    out_dtypes : uint8 array, shape (tensors,)
+    layout : Layout
+    needs : TileNeeds
+    budget_bytes : int
+    tiling : Tiling
+    staged : bool
+        Whether ingredients are read into buffers (and not through maps).
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    method: Method
+    alignment: Alignment
+    out_dtypes: npt.NDArray[np.uint8]
+    layout: Layout
+    needs: TileNeeds
+    budget_bytes: int
+    tiling: Tiling
+    staged: bool
+
+    @property
+    def table(self) -> TensorTable:
+        """Names and shapes of the soup's tensors."""
+        return self.alignment.table
+
+    @cached_property
+    def bytes_to_read(self) -> int:
+        """Bytes of all tensors of all ingredients: each is read once."""
+        return sum(int(c.table.nbytes.sum()) for c in self.checkpoints)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of all output shards."""
+        return self.layout.file_bytes
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of the tensors that are averaged."""
+        return int(self.table.elements[_FLOAT[self.out_dtypes]].sum())
+
+    @property
+    def projected_peak_bytes(self) -> int:
+        """Bytes the engine will own at most, beside `metadata_bytes`."""
+        return self.tiling.peak_bytes
+
+    @cached_property
+    def metadata_bytes(self) -> int:
+        """Bytes of the plan itself and of what is recorded for each ingredient and tensor."""
+        tables = {id(c.table): c.table for c in self.checkpoints}
+        packed = sum(t.packed_bytes for t in tables.values())
+        names = {id(t.names): t.names for t in tables.values()}
+        # 49 is sys.getsizeof(""); 8 a pointer in the tuple.
+        text = sum(len(n) + 57 for unique in names.values() for n in unique)
+        orders = sum(o.nbytes for o in self.alignment.orders if o is not None)
+        digests = 8 * len(self.checkpoints) * len(self.table)
+        return packed + text + orders + digests + 13 * len(self.table)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides the bits of the output, equal for any budget, device and thread count."""
+        table = self.table
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (
+            self.out_dtypes,
+            table.dims,
+            table.dim_starts,
+            self.layout.begins,
+            self.layout.shard_of,
+        ):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        previous = None
+        for name in table.names:
+            numbers = self.method.coefficients(name)
+            digest.update(name.encode() + b"\0")
+            if numbers is not previous:  # fixed numbers are the same object for every tensor
+                digest.update(repr(numbers).encode())
+            previous = numbers
+        for shard in self.layout.shards:
+            digest.update(shard.head)
+        return digest.hexdigest()
+
+    def is_averaged(self, tensor: int) -> bool:
+        """Whether a tensor is averaged (and not copied)."""
+        return bool(_FLOAT[self.out_dtypes[tensor]])
+
+    def out_dtype(self, tensor: int) -> DType:
+        """Output dtype of a tensor."""
+        return DTYPES[int(self.out_dtypes[tensor])]
+
+    def in_dtype(self, ingredient: int, tensor: int) -> DType:
+        """Dtype of a tensor in one ingredient."""
+        return self.checkpoints[ingredient].table.dtype(self.alignment.position(ingredient, tensor))
+
+    def is_wide(self, tensor: int) -> bool:
+        """Whether a tensor needs double-double sums: float64 in an ingredient or in the output."""
+        return self.out_dtype(tensor) is _WIDE or any(
+            self.in_dtype(i, tensor) is _WIDE for i in range(len(self.checkpoints))
+        )
+
+    def tiles(self, *, averaged: bool, done: Mapping[int, Sequence[tuple[int, int]]] | None = None) -> Iterator[Tile]:
+        """Yield tiles by file position, without those ranges that are done.
+
+        Parameters
+        ----------
+        averaged : bool
+            Those of tensors that are averaged, or those of tensors that are copied.
+        done : mapping of tensor to sequence of (start, elements), optional
+            From a journal; made with any tile size.
+        """
+        for tensor in np.flatnonzero(_FLOAT[self.out_dtypes] == averaged).tolist():
+            elements = int(self.table.elements[tensor])
+            for start, stop in _gaps(elements, (done or {}).get(tensor, ())):
+                for first in range(start, stop, self.tiling.tile_elements):
+                    yield Tile(tensor, first, min(self.tiling.tile_elements, stop - first))
+
+
+def _gaps(elements: int, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    position = 0
+    for start, length in sorted(done):
+        if start > position:
+            yield position, start
+        position = max(position, start + length)
+    if position < elements:
+        yield position, elements
+
+
+def make_plan(
+    checkpoints: Sequence[Checkpoint],
+    method: Method,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int,
+    file_name: str | None = None,
+    budget_bytes: int,
+    workers: int,
+    staged: bool,
+) -> Plan:
+    """Plan a soup.
+
+    Parameters
+    ----------
+    checkpoints : sequence of Checkpoint
+        The first gives names, order and (unless `dtype` is given) output dtypes.
+    method : Method
+    dtype : str, optional
+        Float dtype of the output.
+    shard_bytes : int
+        Largest output shard.
+    file_name : str, optional
+        Write a single file of this name.
+    budget_bytes : int
+        What the engine may own.
+    workers : int
+        Most threads.
+    staged : bool
+        Whether ingredients are read into buffers.
+
+    Raises
+    ------
+    MismatchError, BudgetError
+
+    Notes
+    -----
+    Memory: packed arrays, at most 64 bytes an ingredient and tensor.
+    """
+    alignment = align(checkpoints)
+    table = alignment.table
+    out_dtypes = table.dtypes.copy()
+    if dtype is not None:
+        out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
+    metadata = {**checkpoints[0].metadata, "format": "pt"}
+    layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
+    in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
+    wide = _WIDE.index in in_dtypes or _WIDE.index in out_dtypes
+    needs = TileNeeds(
+        ingredients=len(checkpoints),
+        in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),
+        out_itemsize=int(_ITEMSIZE[out_dtypes].max(initial=1)),
+        sum_itemsize=16 if wide else 8,
+        staged=staged,
+        largest_elements=int(table.elements.max(initial=0)),
+    )
+    tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
+    return Plan(tuple(checkpoints), method, alignment, out_dtypes, layout, needs, budget_bytes, tiling, staged)

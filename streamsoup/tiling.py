@@ -1,0 +1,115 @@
+"""How large a tile may be: from the budget to workers, groups and tile sizes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamsoup.errors import BudgetError
+from streamsoup.units import format_binary
+
+BLOCK_ELEMENTS = 2048  # the kernels' fixed unit; tiles are whole multiples of it
+MIB = 1 << 20
+# Interpreter objects, journal batches, the kernels' accumulators.
+FIXED_BYTES = 6 * MIB
+# A thread's stack is private writable memory, whether or not it is touched.
+STACK_BYTES = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class TileNeeds:
+    """What one tile needs, for each element.
+
+    Attributes
+    ----------
+    ingredients : int
+    in_itemsize, out_itemsize, sum_itemsize : int
+        Widest bytes an element of an ingredient, of the output, and of a partial sum.
+    staged : bool
+        Whether ingredients are read into buffers of ours (and not through a map).
+    largest_elements : int
+        Elements of the largest tensor.
+    """
+
+    ingredients: int
+    in_itemsize: int
+    out_itemsize: int
+    sum_itemsize: int
+    staged: bool
+    largest_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The sizes that a run works with.
+
+    Attributes
+    ----------
+    workers : int
+        Threads, each with one slot.
+    tile_elements : int
+        A multiple of `BLOCK_ELEMENTS`.
+    group : int
+        How many ingredients go through a slot at a time; fewer than all means that partial sums are kept.
+    slot_bytes : int
+    """
+
+    workers: int
+    tile_elements: int
+    group: int
+    slot_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Projected bytes that the engine owns while it runs."""
+        return FIXED_BYTES + self.workers * (STACK_BYTES + self.slot_bytes)
+
+
+def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
+    """Bytes of one slot: staged ingredients, the output tile, and partial sums if ingredients go in groups."""
+    staged = group * needs.in_itemsize if needs.staged else 0
+    partial = needs.sum_itemsize if group < needs.ingredients else 0
+    return tile_elements * (staged + needs.out_itemsize + partial)
+
+
+def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tiling:
+    """Choose the largest tiles that fit; then fewer workers, smaller tiles, at last groups of ingredients.
+
+    Raises
+    ------
+    BudgetError
+        With the least budget that would do.
+    """
+    whole = -(-max(needs.largest_elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    for tile_elements, threads in _preferences(workers):
+        tiling = _fit(needs, min(tile_elements, whole), needs.ingredients, threads)
+        if tiling.peak_bytes <= budget_bytes:
+            return tiling
+    for tile_elements in (64 * 1024, 16 * 1024, 4 * BLOCK_ELEMENTS):
+        group = needs.ingredients
+        while group > 1:
+            group = -(-group // 2)
+            tiling = _fit(needs, min(tile_elements, whole), group, 1)
+            if tiling.peak_bytes <= budget_bytes:
+                return tiling
+    least = _fit(needs, min(4 * BLOCK_ELEMENTS, whole), 1, 1).peak_bytes
+    if least <= budget_bytes:
+        return _fit(needs, min(4 * BLOCK_ELEMENTS, whole), 1, 1)
+    least = -(-least // MIB) * MIB
+    raise BudgetError(
+        f"A budget of {format_binary(budget_bytes)} is too small: the least that would do here is "
+        f"{format_binary(least)}. Give --budget {format_binary(least).replace(' ', '')}.",
+        least_bytes=least,
+    )
+
+
+def _preferences(workers: int) -> list[tuple[int, int]]:
+    """Pairs of tile size and workers, best first: large tiles, then all workers, then what is left."""
+    counts = sorted({workers, max(1, workers // 2), max(1, workers // 4), 1}, reverse=True)
+    large = [(k * 1024, n) for k in (1024, 512, 256) for n in counts[:1]]
+    fewer = [(k * 1024, n) for n in counts for k in (256, 128, 64)]
+    small = [(k * 1024, n) for n in counts for k in (32, 16)]
+    return large + fewer + small
+
+
+def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
+    return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group))

@@ -1,0 +1,194 @@
+"""The folder beside the destination in which a soup grows, and how it takes its place.
+
+::
+
+    soup.partial/
+        job.json      recipe, fingerprint of the plan, identities of the ingredients
+        journal       finished tiles
+        soup/         the files of the soup
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamsoup.checkpoints import Checkpoint
+from streamsoup.errors import DestinationError, ResumeError
+from streamsoup.manifest import MANIFEST_NAME
+from streamsoup.write import move_file, move_folder, sync_folder, write_durably
+
+FILE_SUFFIX = ".safetensors"
+JOB_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a soup goes: a folder, or a single ``.safetensors`` file with its manifest beside it."""
+
+    path: Path
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a single file was asked for."""
+        return self.path.suffix == FILE_SUFFIX
+
+    @property
+    def partial(self) -> Path:
+        """The folder for unfinished work."""
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def companion_stem(self) -> str:
+        """What the names of files beside a single file begin with."""
+        return self.path.name.removesuffix(FILE_SUFFIX)
+
+
+def destination_of(out: str | Path) -> Destination:
+    """Make a destination of what a person wrote."""
+    path = Path(os.path.abspath(out))
+    if not path.name:
+        raise DestinationError(f"{out}: is the root of a file system. Name a new folder.")
+    return Destination(path)
+
+
+def check_destination(destination: Destination, checkpoints: Sequence[Checkpoint], *, overwrite: bool) -> None:
+    """Refuse a destination that exists, or that touches an ingredient.
+
+    Raises
+    ------
+    DestinationError
+    """
+    path = destination.path
+    for checkpoint in checkpoints:
+        _refuse_touching(path, checkpoint)
+        _refuse_touching(destination.partial, checkpoint)
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise DestinationError(f"{path}: exists already. Choose another place, or give --overwrite.")
+    if path.is_dir() is destination.is_file:
+        kind = "folder" if path.is_dir() else "file"
+        raise DestinationError(f"{path}: is a {kind}, which a soup of the other kind cannot replace. Remove it.")
+    if path.is_dir() and not (path / MANIFEST_NAME).exists() and any(path.iterdir()):
+        raise DestinationError(
+            f"{path}: has no {MANIFEST_NAME}, so it is no soup of ours, and --overwrite would delete it. "
+            "Remove it yourself, or choose another place."
+        )
+
+
+def _refuse_touching(path: Path, checkpoint: Checkpoint) -> None:
+    mine = Path(os.path.realpath(path))
+    places = [Path(os.path.realpath(checkpoint.path))]
+    places += [Path(os.path.realpath(shard.path)) for shard in checkpoint.shards]
+    for theirs in places:
+        if mine == theirs:
+            relation = "is"
+        elif mine in theirs.parents:
+            relation = "contains"
+        elif theirs in mine.parents:
+            relation = "lies inside"
+        else:
+            continue
+        raise DestinationError(f"{path}: {relation} the ingredient {checkpoint.path}. Choose another place.")
+
+
+class Workspace:
+    """A ``.partial`` folder."""
+
+    def __init__(self, destination: Destination) -> None:
+        self.destination = destination
+        self.folder = destination.partial
+        self.soup = self.folder / "soup"
+        self.journal_path = self.folder / "journal"
+
+    @property
+    def exists(self) -> bool:
+        """Whether unfinished work lies there."""
+        return self.folder.exists()
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises
+        ------
+        ResumeError
+            If unfinished work lies there.
+        """
+        if self.exists:
+            raise ResumeError(
+                f"{self.folder}: holds the unfinished work of an earlier run. Go on with "
+                f"`streamsoup soup --resume {self.destination.path}`, or begin anew with --restart."
+            )
+        try:
+            self.soup.mkdir(parents=True)
+        except OSError as error:
+            raise DestinationError(f"{self.folder}: cannot be made ({error.strerror}).") from error
+
+    def write_job(self, job: dict[str, Any]) -> None:
+        """Write down what is being made."""
+        write_durably(self.folder / "job.json", json.dumps({"job": JOB_FORMAT, **job}))
+
+    def read_job(self) -> dict[str, Any]:
+        """Return what an earlier run wrote down.
+
+        Raises
+        ------
+        ResumeError
+        """
+        try:
+            job = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ResumeError(
+                f"{self.destination.path}: there is no unfinished work at {self.folder}. Start without --resume."
+            ) from None
+        except ValueError:
+            job = {}
+        if job.get("job") != JOB_FORMAT:
+            raise ResumeError(f"{self.folder}: is not readable by this version. Begin anew with --restart.")
+        return dict(job)
+
+    def is_published(self, job_id: str) -> bool:
+        """Whether a run died after the soup took its place, but before the workspace was removed."""
+        target = self.destination.path
+        if self.destination.is_file:
+            return target.exists() and not (self.soup / target.name).exists()
+        try:
+            manifest = json.loads((target / MANIFEST_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and manifest.get("id") == job_id
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Put the finished soup into its place and remove the workspace."""
+        target = self.destination.path
+        for folder in (p for p in (self.soup, *self.soup.rglob("*")) if p.is_dir()):
+            sync_folder(folder)
+        if self.destination.is_file:
+            # The weights last: whoever waits for them finds the files beside them complete.
+            for file in sorted(p for p in self.soup.iterdir() if p.name != target.name):
+                os.replace(file, target.with_name(file.name))
+            move_file(self.soup / target.name, target, overwrite=overwrite)
+        else:
+            old = move_folder(self.soup, target, overwrite=overwrite)
+            if old is not None and old != self.soup:
+                _remove(old)
+        sync_folder(target.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Delete the workspace."""
+        if self.exists:
+            _remove(self.folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

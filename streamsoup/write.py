@@ -1,0 +1,217 @@
+"""Bytes out: files of their final size, reserved before the first byte, written at known offsets, synced."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from streamsoup.errors import DestinationError, DiskSpaceError
+from streamsoup.layout import Layout
+from streamsoup.maps import libc
+from streamsoup.units import format_bytes
+
+_SYNC_FILE_RANGE_WRITE = 2
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+class Sink(Protocol):
+    """Where finished tiles go."""
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """Take the bytes of a tile: `offset` counts from the tensor's first byte. Called from several threads."""
+        ...
+
+    def start_sync(self) -> None:
+        """Begin to make durable what was written; do not wait."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until all that was written is durable."""
+        ...
+
+
+class FileSink:
+    """Writes tiles into the shards of a layout.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the shards lie; must exist.
+    layout : Layout
+    existing : bool
+        Go on with shards that an earlier run reserved.
+
+    Raises
+    ------
+    DiskSpaceError, DestinationError
+    """
+
+    def __init__(self, folder: Path, layout: Layout, *, existing: bool = False) -> None:
+        self._layout = layout
+        self._shard_of = layout.shard_of
+        self._begins = layout.begins
+        self._fds: list[int] = []
+        try:
+            for shard in layout.shards:
+                with _foreign_errors(folder / shard.name):
+                    fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
+                    self._fds.append(fd)
+                    if not existing or os.fstat(fd).st_size != shard.file_bytes:
+                        os.posix_fallocate(fd, 0, shard.file_bytes)
+                        _pwrite(fd, memoryview(shard.head), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        shard = int(self._shard_of[tensor])
+        with _foreign_errors(self._layout.shards[shard].name):
+            _pwrite(self._fds[shard], buffer, int(self._begins[tensor]) + offset)
+
+    def start_sync(self) -> None:
+        """See `Sink`."""
+        for fd in self._fds:
+            libc().sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+    def sync(self) -> None:
+        """See `Sink`."""
+        for fd, shard in zip(self._fds, self._layout.shards, strict=True):
+            with _foreign_errors(shard.name):
+                os.fsync(fd)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> FileSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _pwrite(fd: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):  # one call moves at most 0x7ffff000 bytes
+        done += os.pwrite(fd, buffer[done:], offset + done)
+
+
+@contextlib.contextmanager
+def _foreign_errors(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(f"{path}: the disk is full. Make room, then resume.") from error
+        raise DestinationError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def write_durably(path: Path, text: str | bytes) -> None:
+    """Write a small file under a temporary name, sync it, and put it in its place."""
+    temporary = path.with_name(f".{path.name}.new")
+    raw = text if isinstance(text, bytes) else text.encode()
+    with _foreign_errors(path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _pwrite(fd, memoryview(raw), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def move_file(source: Path, destination: Path, *, overwrite: bool) -> None:
+    """Rename a finished file to its destination, atomically.
+
+    Raises
+    ------
+    DestinationError
+        If the destination exists and may not be overwritten.
+    """
+    if overwrite:
+        with _foreign_errors(destination):
+            os.replace(source, destination)
+    else:
+        _move_new(source, destination)
+
+
+def move_folder(source: Path, destination: Path, *, overwrite: bool) -> Path | None:
+    """Rename a finished folder to its destination, atomically.
+
+    With `overwrite`, source and destination are exchanged; the old one is then where the source was. Where the system
+    cannot exchange, the old one is first renamed beside it, and is there until the new one is in place.
+
+    Returns
+    -------
+    Path or None
+        Where the old folder is now.
+
+    Raises
+    ------
+    DestinationError
+        If the destination exists and may not be overwritten.
+    """
+    if not overwrite or not os.path.lexists(destination):
+        _move_new(source, destination)
+        return None
+    if _renameat2(source, destination, _RENAME_EXCHANGE):
+        return source
+    aside = destination.with_name(f"{destination.name}.old-{os.getpid()}")
+    with _foreign_errors(destination):
+        os.rename(destination, aside)
+        os.rename(source, destination)
+    return aside
+
+
+def _move_new(source: Path, destination: Path) -> None:
+    if _renameat2(source, destination, _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(destination):
+        raise DestinationError(f"{destination}: appeared while the soup was made. Move it away, then resume.")
+    with _foreign_errors(destination):
+        os.rename(source, destination)
+
+
+def _renameat2(source: Path, destination: Path, flags: int) -> bool:
+    try:
+        function = libc().renameat2
+    except AttributeError:
+        return False
+    return bool(function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags) == 0)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Check that a file system has room.
+
+    Raises
+    ------
+    DiskSpaceError
+    """
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < needed_bytes:
+        raise DiskSpaceError(
+            f"{folder}: {format_bytes(needed_bytes)} are needed, {format_bytes(free)} are free. "
+            "Make room or choose another disk."
+        )
