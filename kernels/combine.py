@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .fp8 import decode_tables, encoder_parameters
 
-__all__ = ["combine", "digest", "read_sum"]
+__all__ = ["combine", "combine_wide", "digest", "read_sum"]
 
 
 @cache
@@ -18,6 +18,13 @@ def _prepared() -> tuple[Any, Any, int, Any, Any]:
     tables = decode_tables()
     reals, integers = encoder_parameters()
     return native.combine_loop(), cache(native.division), tables.ctypes.data, reals, integers
+
+
+@cache
+def _prepared_wide() -> tuple[Any, int, Any, Any]:
+    from . import native
+
+    return native.wide_loop(), decode_tables().ctypes.data, *encoder_parameters()
 
 
 def combine(
@@ -74,6 +81,50 @@ def combine(
     return int(
         loop(
             sources, codes, weights, divisor, reciprocal, mode, elements, first_block, out, out_code,
+            hashed, digests, nonfinite, tables, reals, integers,
+        )
+    )  # fmt: skip
+
+
+def combine_wide(
+    sources: NDArray[np.uint64],
+    codes: NDArray[np.uint8],
+    weights: NDArray[np.float64],
+    divisor: float,
+    divisor_low: float,
+    elements: int,
+    first_block: int,
+    out: int,
+    out_code: int,
+    hashed: NDArray[np.uint8],
+    digests: NDArray[np.uint64],
+    nonfinite: NDArray[np.int64],
+) -> int:
+    """Do what `combine` does in double-double: for checkpoints that hold float64.
+
+    Parameters
+    ----------
+    divisor, divisor_low : float
+        The divisor as an unevaluated sum; (1.0, 0.0) for none.
+    sources, codes, weights, elements, first_block, out, out_code, hashed, digests, nonfinite
+        As in `combine`; PAIR is also a source, the first one and with weight 1, and also an output.
+        Weights and divisor lie between 2**-400 and 2**400 in size.
+
+    Returns
+    -------
+    int
+        Output elements that are not finite although every source element there was: true overflow only, since
+        sums of numbers above 2**500 are scaled.
+
+    Notes
+    -----
+    An element with a NaN or infinity in a source is the plain float64 sum over the divisor's high half.
+    Memory: 180 KiB; each source block is read from memory once, and again from cache. Source: see `pairs`.
+    """
+    loop, tables, reals, integers = _prepared_wide()
+    return int(
+        loop(
+            sources, codes, weights, divisor, divisor_low, elements, first_block, out, out_code,
             hashed, digests, nonfinite, tables, reals, integers,
         )
     )  # fmt: skip

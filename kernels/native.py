@@ -17,7 +17,7 @@ from .lanes import as_bits, as_float, load_f64, load_u8, load_u32, load_u64, sto
 from .rounding import DIVIDE, MULTIPLY, finish_bf16, finish_f16, finish_f32, finish_f64
 from .vectors import accumulate_f32, accumulate_f64, expand_bf16, expand_f16
 
-__all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "sum_loop"]
+__all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "sum_loop", "wide_loop"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
@@ -97,7 +97,7 @@ def _accumulate(sources, codes, weights, first, last, begin, count, acc, stage, 
 
 
 @numba.njit(nogil=True)
-def _encode_f8(acc, count, out, row, reals, integers):
+def encode_f8(acc, count, out, row, reals, integers):
     """Round float64 quotients to an 8-bit format and return how many are not finite there."""
     smallest, largest = reals[row, 0], reals[row, 1]
     mantissa, nan = integers[row, 0], np.uint64(integers[row, 1])
@@ -130,7 +130,7 @@ def _encode_f8(acc, count, out, row, reals, integers):
 
 
 @numba.njit(nogil=True)
-def _finish(acc, count, out, out_code, divisor, reciprocal, mode):
+def finish(acc, count, out, out_code, divisor, reciprocal, mode):
     if out_code == BF16:
         return finish_bf16(acc, count, out, divisor, reciprocal, mode)
     if out_code == F16:
@@ -142,11 +142,32 @@ def _finish(acc, count, out, out_code, divisor, reciprocal, mode):
     return np.int64(0)
 
 
+@numba.njit(nogil=True)
+def move_bytes(source, target, nbytes):
+    """Copy a block between addresses that do not overlap."""
+    for j in range(nbytes >> 3):
+        store_u64(target + np.uint64(8 * j), load_u64(source + np.uint64(8 * j)))
+    for j in range(nbytes & ~7, nbytes):
+        store_u8(target + np.uint64(j), load_u8(source + np.uint64(j)))
+
+
 _U8, _I64, _U64, _F64 = (numba.types.Array(t, 1, "C") for t in (numba.u1, numba.i8, numba.u8, numba.f8))
 _COMBINE = numba.i8(
     _U64, _U8, _F64, numba.f8, numba.f8, numba.i8, numba.i8, numba.i8, numba.u8, numba.i8,
     _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"),
 )  # fmt: skip
+
+
+_WIDE = numba.i8(
+    _U64, _U8, _F64, numba.f8, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
+    _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"),
+)  # fmt: skip
+
+
+def _build_wide(stamp: int) -> Any:
+    from .native_wide import build_wide
+
+    return build_wide(_WIDE, stamp)
 
 
 def _build_combine(stamp: int) -> Any:
@@ -183,10 +204,10 @@ def _build_combine(stamp: int) -> Any:
             target = out + np.uint64(begin * out_size)
             goal = spare if in_place else target
             if out_code <= F64:
-                found = _finish(acc, count, goal, out_code, divisor, reciprocal, mode)
+                found = finish(acc, count, goal, out_code, divisor, reciprocal, mode)
             else:
                 finish_f64(acc, count, acc, divisor, reciprocal, mode)
-                found = _encode_f8(acc, count, goal, out_code - 4, reals, integers)
+                found = encode_f8(acc, count, goal, out_code - 4, reals, integers)
             if found:
                 marks = np.zeros(BLOCK, dtype=np.uint8)
                 for k in range(n):
@@ -200,11 +221,7 @@ def _build_combine(stamp: int) -> Any:
                 for j in range(count):
                     overflowed += np.int64(clean[j]) & ~np.int64(marks[j])
             if in_place:
-                nbytes = count * out_size
-                for j in range(nbytes >> 3):
-                    store_u64(target + np.uint64(8 * j), load_u64(goal + np.uint64(8 * j)))
-                for j in range(nbytes & ~7, nbytes):
-                    store_u8(target + np.uint64(j), load_u8(goal + np.uint64(j)))
+                move_bytes(goal, target, count * out_size)
         return overflowed
 
     return loop
@@ -236,7 +253,7 @@ def _build_sum(stamp: int) -> Any:
     return loop
 
 
-_BUILDERS = {"combine": _build_combine, "digest": _build_digest, "sum": _build_sum}
+_BUILDERS = {"combine": _build_combine, "wide": _build_wide, "digest": _build_digest, "sum": _build_sum}
 _BUILT: dict[str, Any] = {}
 
 
@@ -250,6 +267,11 @@ def _built(name: str) -> Any:
 def combine_loop() -> Any:
     """Return the compiled loop of `combine`; the first call compiles it or loads it from numba's cache."""
     return _built("combine")
+
+
+def wide_loop() -> Any:
+    """Return the compiled loop of `combine_wide`."""
+    return _built("wide")
 
 
 def digest_loop() -> Any:
