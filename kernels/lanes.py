@@ -4,6 +4,9 @@ Addresses are integers, so a tensor may begin at any byte: every access states a
 on x86-64 and arm64, and the bounce copy that a misaligned tensor would otherwise need is gone.
 """
 
+# numba functions cannot be annotated.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated,untyped-decorator"
+
 from typing import Any
 
 from llvmlite import ir

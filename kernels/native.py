@@ -1,5 +1,8 @@
 """The compiled loop behind `combine`: blocks outside, sources inside. Imports numba; use `kernels.combine`."""
 
+# numba functions cannot be annotated.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated,untyped-decorator"
+
 import hashlib
 import math
 import threading
@@ -222,6 +225,8 @@ def _build_combine(stamp: int) -> Any:
                     overflowed += np.int64(clean[j]) & ~np.int64(marks[j])
             if in_place:
                 move_bytes(goal, target, count * out_size)
+        # numba frees an array after its last use, and an address is no use of it: this keeps the scratch alive.
+        room[0] = places[0]
         return overflowed
 
     return loop

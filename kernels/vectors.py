@@ -6,6 +6,9 @@ third of the time. Additions keep their order element by element: a vector holds
 partial sums of one.
 """
 
+# numba functions cannot be annotated.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated,untyped-decorator"
+
 from typing import Any
 
 from llvmlite import ir

@@ -33,7 +33,7 @@ from streamsoup.journal import Journal
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
-from streamsoup.read import choose_mode, open_reader
+from streamsoup.read import choose_mode, open_sources
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, recipe_to_yaml
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
@@ -263,12 +263,12 @@ class _Cook:
         plan = self.plan
         with (
             Journal(self.workspace.journal_path) as journal,
-            open_reader(plan.checkpoints, self.mode) as reader,
+            open_sources(plan.checkpoints, self.mode) as sources,
         ):
             records = journal.read()
             with FileSink(self.workspace.soup, plan.layout, existing=bool(records)) as sink:
                 engine = Engine(
-                    plan, self.backend, reader, sink, commit=journal.append, progress=self.execution.progress
+                    plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
                 )
                 done: dict[int, list[tuple[int, int]]] = {}
                 for record in records:

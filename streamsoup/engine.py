@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from streamsoup.backends.protocol import Backend, Blend, Slot
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at
 from streamsoup.plan import Plan, Tile
-from streamsoup.read import Reader
+from streamsoup.read import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
@@ -106,7 +106,9 @@ class Engine:
     Parameters
     ----------
     plan : Plan
-    backend, reader, sink : see their protocols
+    backend, sink : see their protocols
+    sources : sequence of Source
+        One for each ingredient.
     commit : callable taking a list of TileRecord, optional
         Enters tiles into a journal; called after the sink made them durable, from one thread at a time.
     progress : callable taking a Progress, optional
@@ -126,7 +128,7 @@ class Engine:
         self,
         plan: Plan,
         backend: Backend,
-        reader: Reader,
+        sources: Sequence[Source],
         sink: Sink,
         *,
         commit: Callable[[list[TileRecord]], None] | None = None,
@@ -135,7 +137,7 @@ class Engine:
         self.outcome = Outcome.empty(plan)
         self._plan = plan
         self._backend = backend
-        self._reader = reader
+        self._sources = sources
         self._sink = sink
         self._commit = commit
         self._progress = progress
@@ -253,17 +255,10 @@ class Engine:
         self._finish(record, count * itemsize, itemsize, began, reduced - began, reduced)
 
     def _fetch(self, slot: Slot, ingredient: int, tile: Tile, itemsize: int, *, staging_index: int) -> int:
-        plan = self._plan
-        position = plan.alignment.position(ingredient, tile.tensor)
-        table = plan.checkpoints[ingredient].table
+        position = self._plan.alignment.position(ingredient, tile.tensor)
         nbytes = tile.elements * itemsize
-        return self._reader.fetch(
-            ingredient,
-            int(table.shards[position]),
-            int(table.begins[position]) + tile.start * itemsize,
-            nbytes,
-            slot.staging(staging_index, nbytes),
-        )
+        staging = slot.staging(staging_index, nbytes)
+        return self._sources[ingredient].fetch(position, tile.start * itemsize, nbytes, staging)
 
     def _finish(
         self, record: TileRecord, read_itemsize: int, itemsize: int, began: float, read: float, reduced: float

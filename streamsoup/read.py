@@ -11,8 +11,7 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from streamsoup.checkpoints import Checkpoint, Shard
@@ -39,11 +38,20 @@ _NETWORK = (
 )
 
 
-class Reader(Protocol):
-    """Brings bytes of ingredients into reach."""
+class Source(Protocol):
+    """The bytes of one ingredient."""
 
-    def fetch(self, ingredient: int, shard: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
-        """Return the address of the bytes: in `staging` if that is given, else in a map.
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """Return the address of a part of a tensor: in `staging` if that is given, else in memory of the source.
+
+        Parameters
+        ----------
+        position : int
+            Of the tensor in the ingredient's table.
+        offset, nbytes : int
+            Which part of the tensor.
+        staging : writable memoryview, optional
+            Where to put the bytes.
 
         Raises
         ------
@@ -104,71 +112,67 @@ def _is_network(path: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-class MappedReader:
-    """Maps each shard when it is first needed."""
+class MappedSource:
+    """Maps each shard when it is first needed. See `Source`."""
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
-        self._checkpoints = checkpoints
-        self._maps: list[list[FileMap | None]] = [[None] * len(c.shards) for c in checkpoints]
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._table = checkpoint.table
+        self._maps: list[FileMap | None] = [None] * len(checkpoint.shards)
         self._lock = threading.Lock()
 
-    def fetch(self, ingredient: int, shard: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
-        """See `Reader`."""
-        mapped = self._maps[ingredient][shard] or self._map(ingredient, shard)
-        address = mapped.address + offset
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        shard = int(self._table.shards[position])
+        mapped = self._maps[shard] or self._map(shard)
+        address = mapped.address + int(self._table.begins[position]) + offset
         if staging is None:
             return address
         target = ctypes.addressof(ctypes.c_char.from_buffer(staging))
         ctypes.memmove(target, address, nbytes)
         return target
 
-    def _map(self, ingredient: int, shard: int) -> FileMap:
+    def _map(self, shard: int) -> FileMap:
         with self._lock:
-            mapped = self._maps[ingredient][shard]
+            mapped = self._maps[shard]
             if mapped is None:
-                file = self._checkpoints[ingredient].shards[shard]
+                file = self._checkpoint.shards[shard]
                 try:
                     mapped = FileMap(file.path, file.size_bytes)
                 except OSError as error:
                     raise _read_error(file, error) from error
-                self._maps[ingredient][shard] = mapped
+                self._maps[shard] = mapped
             return mapped
 
     def close(self) -> None:
-        """See `Reader`."""
-        for maps in self._maps:
-            for mapped in maps:
-                if mapped is not None:
-                    mapped.close()
-
-    def __enter__(self) -> MappedReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """See `Source`."""
+        for mapped in self._maps:
+            if mapped is not None:
+                mapped.close()
 
 
-class PlainReader:
-    """Reads with `preadv` into the caller's buffers and leaves nothing in the page cache that was not there."""
+class PlainSource:
+    """Reads with `preadv` into the caller's buffers and leaves nothing in the page cache that was not there.
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
-        self._checkpoints = checkpoints
-        self._files: OrderedDict[tuple[int, int], _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+    See `Source`; `staging` is required.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, files: OpenFiles) -> None:
+        self._checkpoint = checkpoint
+        self._table = checkpoint.table
+        self._files = files
         self._flags = RWF_DONTCACHE
 
-    def fetch(self, ingredient: int, shard: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
-        """See `Reader`; `staging` is required."""
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
         if staging is None:
             raise ValueError("plain reads need a staging buffer")
-        file = self._checkpoints[ingredient].shards[shard]
-        with self._borrow(ingredient, shard) as fd:
-            try:
-                self._read(fd, offset, staging[:nbytes])
-            except OSError as error:
-                raise _read_error(file, error) from error
+        file = self._checkpoint.shards[int(self._table.shards[position])]
+        try:
+            with self._files.borrow(file.path) as fd:
+                self._read(fd, int(self._table.begins[position]) + offset, staging[:nbytes])
+        except OSError as error:
+            raise _read_error(file, error) from error
         return ctypes.addressof(ctypes.c_char.from_buffer(staging))
 
     def _read(self, fd: int, offset: int, target: memoryview) -> None:
@@ -188,57 +192,57 @@ class PlainReader:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(fd, offset, len(target), os.POSIX_FADV_DONTNEED)
 
+    def close(self) -> None:
+        """See `Source`."""
+
+
+class OpenFiles:
+    """Descriptors that several threads borrow; the ones unused for longest are closed beyond a few hundred."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path: [descriptor, users]
+        self._lock = threading.Lock()
+
     @contextlib.contextmanager
-    def _borrow(self, ingredient: int, shard: int):  # type: ignore[no-untyped-def]
-        key = (ingredient, shard)
+    def borrow(self, path: str) -> Iterator[int]:
+        """Lend the descriptor of a file, opened for reading."""
         with self._lock:
-            file = self._files.get(key)
+            file = self._files.get(path)
             if file is None:
-                path = self._checkpoints[ingredient].shards[shard].path
-                try:
-                    file = _OpenFile(os.open(path, os.O_RDONLY))
-                except OSError as error:
-                    raise _read_error(self._checkpoints[ingredient].shards[shard], error) from error
-                self._files[key] = file
+                file = self._files[path] = [os.open(path, os.O_RDONLY), 0]
                 self._close_idle()
-            self._files.move_to_end(key)
-            file.users += 1
+            self._files.move_to_end(path)
+            file[1] += 1
         try:
-            yield file.fd
+            yield file[0]
         finally:
             with self._lock:
-                file.users -= 1
+                file[1] -= 1
 
     def _close_idle(self) -> None:
-        idle = [key for key, file in self._files.items() if not file.users]
-        for key in idle[: max(0, len(self._files) - _OPEN_FILES)]:
-            os.close(self._files.pop(key).fd)
+        excess = len(self._files) - _OPEN_FILES
+        for path in [path for path, (_, users) in self._files.items() if not users][: max(0, excess)]:
+            os.close(self._files.pop(path)[0])
 
     def close(self) -> None:
-        """See `Reader`."""
+        """Close all."""
         while self._files:
-            os.close(self._files.popitem()[1].fd)
-
-    def __enter__(self) -> PlainReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            os.close(self._files.popitem()[1][0])
 
 
-class _OpenFile:
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
-
-
-def open_reader(checkpoints: Sequence[Checkpoint], mode: str) -> MappedReader | PlainReader:
-    """Make the reader for a mode from `choose_mode`."""
-    return MappedReader(checkpoints) if mode == "map" else PlainReader(checkpoints)
+@contextlib.contextmanager
+def open_sources(checkpoints: Sequence[Checkpoint], mode: str) -> Iterator[list[Source]]:
+    """Open one source for each ingredient, in a mode from `choose_mode`, and close them at the end."""
+    files = OpenFiles()
+    sources: list[Source] = [
+        MappedSource(checkpoint) if mode == "map" else PlainSource(checkpoint, files) for checkpoint in checkpoints
+    ]
+    try:
+        yield sources
+    finally:
+        for source in sources:
+            source.close()
+        files.close()
 
 
 def _read_error(shard: Shard, error: OSError) -> IngredientReadError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,13 +161,13 @@ class CpuBackend:
         """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
         self._wide = wide
         code = codes.F8_E4M3 if fp8 else codes.BF16
+        one = np.zeros(8, np.uint8)
         for is_wide in {False, wide}:
-            one = np.zeros(8, np.uint8)
             blend = Blend(np.array([code], np.uint8), (1,), np.ones(1), (1.0, 0.0), code, codes.ITEMSIZE[code], is_wide)
             tiling = Tiling(1, 1, 1, 0)
             slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False, wide=is_wide)
             slot.combine([one.ctypes.data], blend, 0, 1, 0)
-        kernels.digest(ctypes.addressof(ctypes.c_uint64()), 8, 8, 0)
+        kernels.digest(one.ctypes.data, 8, 8, 0)
 
     def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> CpuSlot:
         """See `Backend`."""

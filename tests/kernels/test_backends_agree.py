@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from exact import DTYPES, NAMES, random_finite, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streamsoup.kernels import combine as compiled
+from streamsoup.kernels.codes import BLOCK, F64, ITEMSIZE, PAIR
+
+lengths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1, 5000]))
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one.out, other.out)
+    assert one[1:] == other[1:]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    codes=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    out_code=st.integers(0, 7),
+    elements=lengths,
+    patterns=st.booleans(),
+    wide=st.booleans(),
+    first_block=st.integers(0, 2**40),
+    misalign=st.integers(0, 15),
+    uniform=st.booleans(),
+)
+def test_same_bits_digests_and_counts(seed, codes, out_code, elements, patterns, wide, first_block, misalign, uniform):
+    rng = np.random.default_rng(seed)
+    if uniform:
+        codes = [codes[0]] * len(codes)
+    arrays = [
+        rng.integers(0, 256, elements * ITEMSIZE[code], dtype=np.uint8).view(DTYPES[code])
+        if patterns
+        else rng.standard_normal(elements).astype(DTYPES[code])
+        for code in codes
+    ]
+    weights = [1.0] * len(codes) if rng.random() < 0.5 else rng.standard_normal(len(codes)).tolist()
+    hashed = [bool(h) for h in rng.integers(0, 2, len(codes))]
+    divisor = float(rng.choice([1.0, float(len(codes)), -2.0, 0.7]))
+    low = (1e-17 if rng.random() < 0.5 else 0.0) if wide else None
+    options = {"low": low, "first_block": first_block, "hashed": hashed}
+    same(
+        run("numba", arrays, codes, weights, divisor, out_code, misalign=misalign, **options),
+        run("torch", arrays, codes, weights, divisor, out_code, **options),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), elements=lengths, out_code=st.sampled_from([0, 2, 3, 4, 7, PAIR]))
+def test_pairs_agree(seed, elements, out_code):
+    rng = np.random.default_rng(seed)
+    high = random_finite(rng, F64, elements)
+    pair = np.stack([high, high * 2.0**-54], axis=1).reshape(-1)
+    arrays = [pair, random_finite(rng, F64, elements), rng.integers(0, 256, 8 * elements, dtype=np.uint8)]
+    arguments = (arrays, [PAIR, F64, F64], [1.0, 0.3, 1.0], 1.0, out_code)
+    same(run("numba", *arguments, low=0.0), run("torch", *arguments, low=0.0))
+
+
+@pytest.mark.parametrize("code", [*range(8), PAIR], ids=[*NAMES, "pair"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_running_sum_in_place_equals_the_same_sum_elsewhere(code, wide):
+    if code == PAIR and not wide:
+        pytest.skip("PAIR belongs to combine_wide")
+    rng = np.random.default_rng(code)
+    kind = DTYPES[F64 if code == PAIR else code]
+    held = rng.standard_normal(5000 * (2 if code == PAIR else 1)).astype(kind)
+    held[7] = np.nan
+    more = rng.standard_normal(5000).astype(DTYPES[0])
+    more[4000] = np.inf
+    codes, weights = [code, 0], [1.0, 2.0]
+    low = 0.0 if wide else None
+    elsewhere = run("numba", [held, more], codes, weights, 1.0, code, low=low)
+    digests, nonfinite = np.zeros(2, np.uint64), np.zeros(2, np.int64)
+    function, rest = (compiled.combine_wide, [0.0]) if wide else (compiled.combine, [])
+    over = function(
+        np.array([held.ctypes.data, more.ctypes.data], np.uint64), np.array(codes, np.uint8),
+        np.array(weights), 1.0, *rest, 5000, 0, held.ctypes.data, code,
+        np.ones(2, np.uint8), digests, nonfinite,
+    )  # fmt: skip
+    np.testing.assert_array_equal(held.view(np.uint8), elsewhere.out)
+    assert (digests.tolist(), nonfinite.tolist(), over) == elsewhere[1:]
+    assert elsewhere.nonfinite[1] == 1
+
+
+def test_tiles_of_any_size_give_the_same_bits_and_digests():
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(5 * BLOCK + 77).astype(DTYPES[0]) for _ in range(9)]
+    whole = run("numba", arrays, [0] * 9, [1.0] * 9, 9.0, 0)
+    for blocks in (1, 2, 4):
+        parts = [
+            run(
+                "numba", [a[at : at + blocks * BLOCK] for a in arrays], [0] * 9, [1.0] * 9, 9.0, 0,
+                first_block=at // BLOCK,
+            )
+            for at in range(0, len(arrays[0]), blocks * BLOCK)
+        ]  # fmt: skip
+        np.testing.assert_array_equal(np.concatenate([p.out for p in parts]), whole.out)
+        assert [sum(d) % 2**64 for d in zip(*[p.digests for p in parts], strict=True)] == whole.digests
