@@ -24,7 +24,7 @@ from streamsoup.checkpoints import (
     verify_unchanged,
 )
 from streamsoup.companions import copy_companions
-from streamsoup.dtypes import BY_NAME, DTYPES, parse_float_dtype
+from streamsoup.dtypes import DTYPES, parse_float_dtype
 from streamsoup.engine import Engine, Outcome, Progress
 from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult
@@ -246,7 +246,7 @@ class _Cook:
         dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
         with _notice(execution.on_compile):
-            self.backend.prepare(wide=BY_NAME["F64"] in dtypes, fp8=any(d.is_fp8 for d in dtypes))
+            self.backend.prepare(wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes))
         with PeakSampler() as sampler:
             outcome = self._reduce(sampler)
         for checkpoint in plan.checkpoints:

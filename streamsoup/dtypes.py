@@ -37,6 +37,11 @@ class DType:
     kernel_code: int
 
     @property
+    def is_wide(self) -> bool:
+        """Whether sums with it are kept in double-double."""
+        return self.name in ("F64", "PAIR")
+
+    @property
     def is_float(self) -> bool:
         """Whether tensors of this dtype are averaged (and not only copied)."""
         return self.kernel_code >= 0
@@ -80,11 +85,18 @@ _ROWS = (
     ("F8_E4M3FNUZ", "float8_e4m3fnuz", 8, 6),
     ("F8_E5M2FNUZ", "float8_e5m2fnuz", 8, 7),
 )
-DTYPES = tuple(DType(name, torch, bits, i, code) for i, (name, torch, bits, code) in enumerate(_ROWS))
-BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+# Running sums: never in a file of the format, and a float64 sum is no float64 ingredient (see `is_wide`).
+_SUM_ROWS = (
+    ("SUM32", "", 32, 2),
+    ("SUM64", "", 64, 3),
+    ("PAIR", "", 128, 8),
+)
+DTYPES = tuple(DType(name, torch, bits, i, code) for i, (name, torch, bits, code) in enumerate((*_ROWS, *_SUM_ROWS)))
+BY_NAME = {dtype.name: dtype for dtype in DTYPES[: len(_ROWS)]}
+SUM32, SUM64, PAIR = DTYPES[len(_ROWS) :]
 _BY_ANY_NAME = {
-    **{dtype.name.lower(): dtype for dtype in DTYPES},
-    **{dtype.torch_name: dtype for dtype in DTYPES if dtype.torch_name},
+    **{name.lower(): dtype for name, dtype in BY_NAME.items()},
+    **{dtype.torch_name: dtype for dtype in BY_NAME.values() if dtype.torch_name},
     "half": BY_NAME["F16"],
     "float": BY_NAME["F32"],
     "double": BY_NAME["F64"],
@@ -104,6 +116,6 @@ def parse_float_dtype(text: str) -> DType:
     """
     dtype = _BY_ANY_NAME.get(str(text).removeprefix("torch.").lower())
     if dtype is None or not dtype.is_float:
-        choices = ", ".join(d.torch_name for d in DTYPES if d.is_float)
+        choices = ", ".join(d.torch_name for d in BY_NAME.values() if d.is_float)
         raise RecipeError(f"{text!r} is not a float dtype. Choose one of {choices}.")
     return dtype

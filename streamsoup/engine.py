@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends.protocol import Backend, Blend, Slot
+from streamsoup.dtypes import BY_NAME
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at
 from streamsoup.plan import Plan, Tile
@@ -322,6 +323,7 @@ def make_blend(plan: Plan, tensor: int) -> Blend:
         itemsizes=tuple(d.itemsize for d in dtypes),
         weights=np.array(numbers.weights),
         divisor=numbers.divisor,
+        hashed=np.array([d.index < len(BY_NAME) for d in dtypes], np.uint8),
         out_code=out.kernel_code,
         out_itemsize=out.itemsize,
         wide=plan.is_wide(tensor),

@@ -16,14 +16,13 @@ import numpy.typing as npt
 
 from streamsoup.align import Alignment, align
 from streamsoup.checkpoints import Checkpoint, TensorTable
-from streamsoup.dtypes import BY_NAME, DTYPES, DType, parse_float_dtype
+from streamsoup.dtypes import DTYPES, DType, parse_float_dtype
 from streamsoup.layout import Layout, lay_out
 from streamsoup.methods import Method
 from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
 
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
-_WIDE = BY_NAME["F64"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +137,8 @@ class Plan:
 
     def is_wide(self, tensor: int) -> bool:
         """Whether a tensor needs double-double sums: float64 in an ingredient or in the output."""
-        return self.out_dtype(tensor) is _WIDE or any(
-            self.in_dtype(i, tensor) is _WIDE for i in range(len(self.checkpoints))
+        return self.out_dtype(tensor).is_wide or any(
+            self.in_dtype(i, tensor).is_wide for i in range(len(self.checkpoints))
         )
 
     def tiles(self, *, averaged: bool, done: Mapping[int, Sequence[tuple[int, int]]] | None = None) -> Iterator[Tile]:
@@ -216,7 +215,7 @@ def make_plan(
     metadata = {**checkpoints[0].metadata, "format": "pt"}
     layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
-    wide = _WIDE.index in in_dtypes or _WIDE.index in out_dtypes
+    wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
     needs = TileNeeds(
         ingredients=len(checkpoints),
         in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),

@@ -101,7 +101,7 @@ class _Group:
         stop = first + len(addresses)
         sources = np.array(addresses, np.uint64)
         kinds, weights = blend.codes[first:stop], blend.weights[first:stop]
-        hashed = np.ones(len(addresses), np.uint8)
+        hashed = blend.hashed[first:stop]
         if partial is None:
             return _Group(sources, kinds, weights, hashed, 0)
         code = codes.PAIR if blend.wide else codes.F64
@@ -163,7 +163,16 @@ class CpuBackend:
         code = codes.F8_E4M3 if fp8 else codes.BF16
         one = np.zeros(8, np.uint8)
         for is_wide in {False, wide}:
-            blend = Blend(np.array([code], np.uint8), (1,), np.ones(1), (1.0, 0.0), code, codes.ITEMSIZE[code], is_wide)
+            blend = Blend(
+                np.array([code], np.uint8),
+                (1,),
+                np.ones(1),
+                (1.0, 0.0),
+                np.ones(1, np.uint8),
+                code,
+                codes.ITEMSIZE[code],
+                is_wide,
+            )
             tiling = Tiling(1, 1, 1, 0)
             slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False, wide=is_wide)
             slot.combine([one.ctypes.data], blend, 0, 1, 0)

@@ -94,7 +94,7 @@ class TorchSlot:
             divisor if blend.wide else divisor[0],
             first_block,
             blend.out_code if last else partial_code,
-            [False] * carried + [True] * len(addresses),
+            [False] * carried + blend.hashed[first:stop].astype(bool).tolist(),
         )
         self.digests[first:stop] += digests.cpu().numpy().view(np.uint64)[carried:]
         self.nonfinite[first:stop] += nonfinite.cpu().numpy()[carried:]

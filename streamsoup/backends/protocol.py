@@ -30,6 +30,8 @@ class Blend:
     weights : float64 array, shape (ingredients,)
     divisor : tuple of two floats
         hi + lo.
+    hashed : uint8 array, shape (ingredients,)
+        Whether to digest its bytes; a running sum is not digested.
     out_code, out_itemsize : int
     wide : bool
         Sum in double-double.
@@ -39,6 +41,7 @@ class Blend:
     itemsizes: tuple[int, ...]
     weights: npt.NDArray[np.float64]
     divisor: tuple[float, float]
+    hashed: npt.NDArray[np.uint8]
     out_code: int
     out_itemsize: int
     wide: bool
