@@ -9,7 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint, TensorTable
+from streamsoup.dtypes import DTYPES
 from streamsoup.errors import MismatchError
+
+_FLOAT = np.array([d.is_float for d in DTYPES])
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def find_mismatches(first: Checkpoint, other: Checkpoint) -> list[str]:
 
 def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDArray[np.int32] | None:
     mine, theirs = first.table, other.table
-    if mine is theirs or mine.same_layout(theirs):
+    if mine is theirs or (mine.same_layout(theirs) and _same_kinds(mine, theirs)):
         return None
     positions = [theirs.by_name.get(name, -1) for name in mine.names]
     _report_names(first, other, positions, problems)
@@ -78,6 +81,11 @@ def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDA
     if positions == list(range(len(mine))):
         return None
     return np.array(positions, np.int32)
+
+
+def _same_kinds(mine: TensorTable, theirs: TensorTable) -> bool:
+    floats = _FLOAT[mine.dtypes] & _FLOAT[theirs.dtypes]
+    return bool((floats | (mine.dtypes == theirs.dtypes)).all())
 
 
 def _report_names(first: Checkpoint, other: Checkpoint, positions: list[int], problems: list[str]) -> None:

@@ -19,6 +19,7 @@ from streamsoup.checkpoints import Checkpoint, TensorTable
 from streamsoup.dtypes import DTYPES, DType, parse_float_dtype
 from streamsoup.layout import Layout, lay_out
 from streamsoup.methods import Method
+from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
 
 _FLOAT = np.array([d.is_float for d in DTYPES])
@@ -173,8 +174,10 @@ def make_plan(
     method: Method,
     *,
     dtype: str | None = None,
-    shard_bytes: int,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
     file_name: str | None = None,
+    out_dtypes: npt.NDArray[np.uint8] | None = None,
+    layout: Layout | None = None,
     budget_bytes: int,
     workers: int,
     staged: bool,
@@ -192,6 +195,10 @@ def make_plan(
         Largest output shard.
     file_name : str, optional
         Write a single file of this name.
+    out_dtypes : uint8 array, shape (tensors,), optional
+        Output dtypes, instead of the first checkpoint's and `dtype`.
+    layout : Layout, optional
+        Of an earlier plan, instead of a new one.
     budget_bytes : int
         What the engine may own.
     workers : int
@@ -209,11 +216,13 @@ def make_plan(
     """
     alignment = align(checkpoints)
     table = alignment.table
-    out_dtypes = table.dtypes.copy()
-    if dtype is not None:
-        out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
-    metadata = {**checkpoints[0].metadata, "format": "pt"}
-    layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
+    if out_dtypes is None:
+        out_dtypes = table.dtypes.copy()
+        if dtype is not None:
+            out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
+    if layout is None:
+        metadata = {**checkpoints[0].metadata, "format": "pt"}
+        layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
     wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
     needs = TileNeeds(

@@ -81,10 +81,9 @@ class TensorTable:
         return sum(a.nbytes for a in arrays) + 16 * len(self)  # elements and nbytes
 
     def same_layout(self, other: TensorTable) -> bool:
-        """Whether names, dtypes and shapes are equal, position by position."""
-        return self.names is other.names or (
+        """Whether names and shapes are equal, position by position."""
+        return (
             self.names == other.names
-            and np.array_equal(self.dtypes, other.dtypes)
             and np.array_equal(self.dim_starts, other.dim_starts)
             and np.array_equal(self.dims, other.dims)
         )
