@@ -70,13 +70,15 @@ def decode(code: int) -> NDArray[np.float64]:
     exponent = magnitude >> form.mantissa
     fraction = magnitude & ((1 << form.mantissa) - 1)
     significand = np.where(exponent > 0, fraction + (1 << form.mantissa), fraction)
-    value = np.ldexp(significand.astype(np.float64), np.maximum(exponent, 1) - form.bias - form.mantissa)
+    value: NDArray[np.float64] = np.ldexp(
+        significand.astype(np.float64), np.maximum(exponent, 1) - form.bias - form.mantissa
+    )
     if form.infinity != form.nan:
         value[magnitude == form.infinity] = np.inf
     value[value > form.largest] = np.where(magnitude == form.infinity, np.inf, np.nan)[value > form.largest]
     if form.infinity == form.nan and form.signed_zero:
         value[magnitude == form.nan] = np.nan
-    value = np.where(byte >= 128, -value, value)
+    value[128:] *= -1.0
     if not form.signed_zero:
         value[form.nan] = np.nan
     return value

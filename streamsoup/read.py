@@ -230,13 +230,16 @@ class OpenFiles:
             os.close(self._files.popitem()[1][0])
 
 
+def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles) -> Source:
+    """Open the source of one ingredient."""
+    return MappedSource(checkpoint) if mode == "map" else PlainSource(checkpoint, files)
+
+
 @contextlib.contextmanager
 def open_sources(checkpoints: Sequence[Checkpoint], mode: str) -> Iterator[list[Source]]:
     """Open one source for each ingredient, in a mode from `choose_mode`, and close them at the end."""
     files = OpenFiles()
-    sources: list[Source] = [
-        MappedSource(checkpoint) if mode == "map" else PlainSource(checkpoint, files) for checkpoint in checkpoints
-    ]
+    sources = [open_source(checkpoint, mode, files) for checkpoint in checkpoints]
     try:
         yield sources
     finally:

@@ -48,16 +48,19 @@ class FileSink:
     layout : Layout
     existing : bool
         Go on with shards that an earlier run reserved.
+    durable : bool
+        Sync what is written; not needed for a candidate that will be overwritten.
 
     Raises
     ------
     DiskSpaceError, DestinationError
     """
 
-    def __init__(self, folder: Path, layout: Layout, *, existing: bool = False) -> None:
+    def __init__(self, folder: Path, layout: Layout, *, existing: bool = False, durable: bool = True) -> None:
         self._layout = layout
         self._shard_of = layout.shard_of
         self._begins = layout.begins
+        self._durable = durable
         self._fds: list[int] = []
         try:
             for shard in layout.shards:
@@ -79,12 +82,12 @@ class FileSink:
 
     def start_sync(self) -> None:
         """See `Sink`."""
-        for fd in self._fds:
+        for fd in self._fds if self._durable else ():
             libc().sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
     def sync(self) -> None:
         """See `Sink`."""
-        for fd, shard in zip(self._fds, self._layout.shards, strict=True):
+        for fd, shard in zip(self._fds, self._layout.shards, strict=True) if self._durable else ():
             with _foreign_errors(shard.name):
                 os.fsync(fd)
 

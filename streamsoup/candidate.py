@@ -1,0 +1,150 @@
+"""A soup that does not exist yet: to be streamed into a module, taken tensor by tensor, or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints import Checkpoint
+from streamsoup.companions import copy_companions
+from streamsoup.dtypes import DType, parse_float_dtype
+from streamsoup.engine import Outcome
+from streamsoup.methods import Coefficients
+from streamsoup.plan import Plan
+from streamsoup.sinks import MemorySink, ModuleSink
+from streamsoup.write import FileSink, Sink, write_durably
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamsoup.sums.running import Member, RunningSoup
+
+
+class Candidate:
+    """A soup that can be made at once, from a running sum and an ingredient, or from ingredients.
+
+    Nothing is read before one of its methods is called; each call reads its operands once. Nothing needs to be rolled
+    back: a candidate is written from the sum and the ingredient, which it does not change.
+
+    Attributes
+    ----------
+    members : tuple of Member
+        Ingredients and weights, in order.
+    is_exact : bool
+        Whether its bits are those of ``streamsoup soup`` of these members.
+    path : Path or None
+        Where it lies as files: an ingredient's own place, or where `write` put it.
+    """
+
+    def __init__(
+        self,
+        running: RunningSoup,
+        members: tuple[Member, ...],
+        operands: tuple[Checkpoint, ...],
+        numbers: Coefficients,
+        *,
+        is_exact: bool,
+    ) -> None:
+        self.members = members
+        self.is_exact = is_exact
+        self.path: Path | None = None
+        self._running = running
+        self._operands = operands
+        self._numbers = numbers
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of making it."""
+        return self._running.pool.plan(self._operands, self._numbers)
+
+    def stream(self, sink: Sink) -> Outcome:
+        """Make it, tile by tile, into any sink.
+
+        Raises
+        ------
+        MismatchError, NonFiniteError
+        """
+        plan = self.plan
+        with self._running.sources(self._operands) as sources:
+            outcome = self._running.pool.run(plan, sources, sink)
+        self._running.count(self._operands, outcome.bytes_read, outcome.bytes_written)
+        return outcome
+
+    def load_into(self, module: torch.nn.Module, *, strict: bool = True) -> None:
+        """Write it straight into the parameters and buffers of a live module: no file, no second copy.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Changed. Its tensors keep their dtypes and devices.
+        strict : bool
+            Refuse names that only one side has; tied tensors need be named once.
+
+        Raises
+        ------
+        MismatchError
+            If names or shapes do not fit; the module is then unchanged.
+        """
+        self.stream(ModuleSink(module, self.plan, strict=strict))
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return a mapping of names to tensors that are made when they are looked up."""
+        return _LazyTensors(self)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write it as a checkpoint folder, reusing files that an earlier candidate left there; returns the folder.
+
+        The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
+        """
+        folder = Path(folder)
+        fresh = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        pool = self._running.pool
+        layout = pool.layout
+        with FileSink(folder, layout, existing=not fresh, durable=False) as sink:
+            self.stream(sink)
+        if fresh:
+            if layout.index is not None:
+                write_durably(folder / "model.safetensors.index.json", layout.index)
+            if pool.first.folder is not None:
+                copy_companions(pool.first.folder, folder, dtype=_optional_dtype(pool.options.dtype))
+        self.path = folder
+        return folder
+
+    def tensor_bytes(self, tensor: int) -> npt.NDArray[np.uint8]:
+        """Make one tensor, by position; returns its bytes as a uint8 array."""
+        plan = self.plan
+        sink = MemorySink(plan)
+        with self._running.sources(self._operands) as sources:
+            self._running.pool.run_tensor(plan, sources, sink, tensor)
+        return sink.arrays[tensor]
+
+
+class _LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors of a candidate by name, made when they are looked up."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+        self._plan = candidate.plan
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        tensor = self._plan.table.by_name[name]
+        dtype = getattr(torch, self._plan.out_dtype(tensor).torch_name)
+        raw = self._candidate.tensor_bytes(tensor)
+        return torch.from_numpy(raw).view(dtype).reshape(self._plan.table.shape(tensor))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.table.names)
+
+    def __len__(self) -> int:
+        return len(self._plan.table)
+
+
+def _optional_dtype(name: str | None) -> DType | None:
+    return None if name is None else parse_float_dtype(name)

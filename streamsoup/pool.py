@@ -1,0 +1,191 @@
+"""Ingredients that are worked on together again and again: opened once, aligned with the first, one layout for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.backends import open_backend
+from streamsoup.backends.protocol import Backend
+from streamsoup.budget import available_cores, default_budget_bytes
+from streamsoup.checkpoints import Checkpoint, open_checkpoints
+from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
+from streamsoup.engine import Engine, Outcome, Progress
+from streamsoup.errors import RecipeError
+from streamsoup.findings import check_copied, check_finite
+from streamsoup.layout import Layout
+from streamsoup.methods import Coefficients, Linear
+from streamsoup.plan import Plan, make_plan
+from streamsoup.read import Source, choose_mode
+from streamsoup.recipe import DEFAULT_SHARD_BYTES
+from streamsoup.write import Sink
+
+SUM_DTYPES = ("float64", "float32")
+_PLAIN_WORKERS = 8  # a disk needs several requests in flight
+
+
+def worker_count(workers: int | None, mode: str) -> int:
+    """Choose threads: the cores, or more where the disk is waited for."""
+    return workers or (max(_PLAIN_WORKERS, 2 * available_cores()) if mode == "plain" else available_cores())
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """What all soups of a pool have in common; see `Recipe` and `Execution` for each."""
+
+    dtype: str | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    buffers: str = "identical"
+    nonfinite: str = "error"
+    sums_dtype: str = "float64"
+    budget_bytes: int | None = None
+    device: str = "cpu"
+    workers: int | None = None
+    read_mode: str = "auto"
+
+
+@dataclass
+class Pool:
+    """Checkpoints of one network and the means to combine some of them.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        The first gives names, order, dtypes and configuration files.
+    options : PoolOptions
+
+    Attributes
+    ----------
+    checkpoints : dict of str to Checkpoint
+    backend : Backend
+    budget_bytes : int
+        For the engine; whoever keeps sums in memory takes them off.
+    """
+
+    paths: Sequence[str]
+    options: PoolOptions = field(default_factory=PoolOptions)
+    progress: Callable[[Progress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.options.sums_dtype not in SUM_DTYPES:
+            raise RecipeError(f"sums dtype {self.options.sums_dtype!r} is not one of {', '.join(SUM_DTYPES)}.")
+        self.backend: Backend = open_backend(self.options.device)
+        self.checkpoints: dict[str, Checkpoint] = dict(zip(self.paths, open_checkpoints(self.paths), strict=True))
+        self.mode = choose_mode(list(self.checkpoints.values()), self.options.read_mode)
+        self.budget_bytes = self.options.budget_bytes or default_budget_bytes()
+        self._whole = self._plan(list(self.checkpoints.values()), Coefficients((1.0,) * len(self.checkpoints)))
+        dtypes = {DTYPES[i] for c in self.checkpoints.values() for i in set(c.table.dtypes.tolist())}
+        dtypes |= {DTYPES[i] for i in set(self.out_dtypes.tolist())}
+        self.is_wide = any(d.is_wide for d in dtypes)
+        self._is_fp8 = any(d.is_fp8 for d in dtypes)
+        self._prepared = False
+
+    @property
+    def first(self) -> Checkpoint:
+        """The checkpoint that gives names and configuration."""
+        return self._whole.checkpoints[0]
+
+    @property
+    def out_dtypes(self) -> npt.NDArray[np.uint8]:
+        """Output dtypes of all soups of the pool."""
+        return self._whole.out_dtypes
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of all soups of the pool."""
+        return self._whole.layout
+
+    @cached_property
+    def sum_dtype(self) -> DType:
+        """Dtype of running sums: double-double where a dtype of the pool is float64."""
+        if self.options.sums_dtype == "float32":
+            return SUM32
+        return PAIR if self.is_wide else SUM64
+
+    @cached_property
+    def averaged(self) -> npt.NDArray[np.bool_]:
+        """Which tensors are averaged, shape (tensors,)."""
+        return np.array([DTYPES[i].is_float for i in self.out_dtypes.tolist()], np.bool_)
+
+    @cached_property
+    def sum_dtypes(self) -> npt.NDArray[np.uint8]:
+        """Dtypes of a running sum of all tensors; copied tensors keep theirs."""
+        return np.where(self.averaged, np.uint8(self.sum_dtype.index), self.out_dtypes).astype(np.uint8)
+
+    @cached_property
+    def sum_bytes(self) -> int:
+        """Bytes of one running sum."""
+        return int(self.first.table.elements[self.averaged].sum()) * self.sum_dtype.itemsize
+
+    def open(self, path: str) -> Checkpoint:
+        """Return a checkpoint of the pool, opening it if it is new."""
+        if path not in self.checkpoints:
+            (self.checkpoints[path],) = open_checkpoints([path])
+        return self.checkpoints[path]
+
+    def plan(self, checkpoints: Sequence[Checkpoint], numbers: Coefficients, *, to_sum: bool = False) -> Plan:
+        """Plan a combination of checkpoints (or of a running sum and checkpoints) into a soup or into a sum."""
+        return self._plan(
+            checkpoints, numbers, out_dtypes=self.sum_dtypes if to_sum else self.out_dtypes, layout=self.layout
+        )
+
+    def _plan(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        numbers: Coefficients,
+        out_dtypes: npt.NDArray[np.uint8] | None = None,
+        layout: Layout | None = None,
+    ) -> Plan:
+        options = self.options
+        return make_plan(
+            checkpoints,
+            Linear("linear", numbers),
+            dtype=options.dtype,
+            shard_bytes=options.shard_bytes,
+            out_dtypes=out_dtypes,
+            layout=layout,
+            budget_bytes=self.budget_bytes,
+            workers=worker_count(options.workers, self.mode),
+            staged=self.mode == "plain" or options.device != "cpu",
+        )
+
+    def prepare(self) -> None:
+        """Import and compile what runs need."""
+        if not self._prepared:
+            self.backend.prepare(wide=self.is_wide, fp8=self._is_fp8)
+            self._prepared = True
+
+    def run_tensor(self, plan: Plan, sources: Sequence[Source], sink: Sink, tensor: int) -> Outcome:
+        """Run the tiles of one tensor.
+
+        Raises
+        ------
+        MismatchError, NonFiniteError
+        """
+        self.prepare()
+        engine = Engine(plan, self.backend, sources, sink)
+        averaged = bool(self.averaged[tensor])
+        engine.run(tile for tile in plan.tiles(averaged=averaged) if tile.tensor == tensor)
+        check_copied(plan, engine.outcome, self.options.buffers)
+        check_finite(plan, engine.outcome, self.options.nonfinite)
+        return engine.outcome
+
+    def run(self, plan: Plan, sources: Sequence[Source], sink: Sink, *, copied: bool = True) -> Outcome:
+        """Run a plan of this pool.
+
+        Raises
+        ------
+        MismatchError, NonFiniteError
+        """
+        self.prepare()
+        engine = Engine(plan, self.backend, sources, sink, progress=self.progress)
+        if copied:
+            engine.run(plan.tiles(averaged=False))
+            check_copied(plan, engine.outcome, self.options.buffers)
+        engine.run(plan.tiles(averaged=True))
+        check_finite(plan, engine.outcome, self.options.nonfinite)
+        return engine.outcome

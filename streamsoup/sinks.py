@@ -1,0 +1,106 @@
+"""Places for a soup other than files: memory, and the tensors of a live module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.errors import MismatchError
+from streamsoup.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MemorySink:
+    """Collects tensors as arrays of bytes. See `Sink`.
+
+    Attributes
+    ----------
+    arrays : dict of int to uint8 array
+        By tensor; those that were written to.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.arrays: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        array = self.arrays.get(tensor)
+        if array is None:
+            nbytes = int(self._plan.table.elements[tensor]) * self._plan.out_dtype(tensor).itemsize
+            array = self.arrays.setdefault(tensor, np.empty(nbytes, np.uint8))
+        array[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+
+    def start_sync(self) -> None:
+        """See `Sink`."""
+
+    def sync(self) -> None:
+        """See `Sink`."""
+
+
+class ModuleSink:
+    """Writes into the parameters and buffers of a torch module. See `Sink`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed tile by tile.
+    plan : Plan
+    strict : bool
+        Refuse names that only one side has.
+
+    Raises
+    ------
+    MismatchError
+        Before anything is changed.
+    """
+
+    def __init__(self, module: torch.nn.Module, plan: Plan, *, strict: bool) -> None:
+        state = module.state_dict(keep_vars=True)
+        table = plan.table
+        problems = []
+        for name in table.names:
+            position = table.by_name[name]
+            if name not in state:
+                if strict:
+                    problems.append(f"{name}: in the soup, but not in the module. Give strict=False to leave it out.")
+            elif tuple(state[name].shape) != table.shape(position):
+                problems.append(
+                    f"{name}: shape {tuple(state[name].shape)} in the module, but {table.shape(position)} in the soup."
+                )
+            elif not state[name].is_contiguous():
+                problems.append(f"{name}: is not contiguous in the module. Make it so before loading.")
+        if strict:
+            here = {state[name].data_ptr() for name in table.names if name in state}
+            problems += [
+                f"{name}: in the module, but not in the soup. Give strict=False to leave it as it is."
+                for name, tensor in state.items()
+                if name not in table.by_name and tensor.data_ptr() not in here
+            ]
+        if problems:
+            raise MismatchError(problems)
+        self._plan = plan
+        self._targets = [state[n].detach().view(-1) if n in state else None for n in table.names]
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        import torch
+
+        target = self._targets[tensor]
+        if target is None:
+            return
+        dtype = self._plan.out_dtype(tensor)
+        start = offset // dtype.itemsize
+        tile = torch.frombuffer(buffer, dtype=getattr(torch, dtype.torch_name))
+        with torch.no_grad():
+            target[start : start + len(tile)].copy_(tile)
+
+    def start_sync(self) -> None:
+        """See `Sink`."""
+
+    def sync(self) -> None:
+        """See `Sink`."""

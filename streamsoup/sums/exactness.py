@@ -1,0 +1,86 @@
+"""When is a running sum the same, bit for bit, whatever was added and removed on the way?
+
+If every term is a multiple of 2^u and the magnitudes of all terms add up to at most 2^(53+u), every partial sum in any
+order is a multiple of 2^u below 2^(53+u): a float64, exactly. Then adding and removing leave no trace.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints import TensorTable
+from streamsoup.dtypes import DTYPES
+from streamsoup.maps import bytes_at
+from streamsoup.read import Source
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bounds of an ingredient's magnitudes, shape (tensors,): elements are below 2^above, and multiples of 2^unit."""
+
+    above: npt.NDArray[np.int32]
+    unit: npt.NDArray[np.int32]
+
+
+class MeasuringSource:
+    """Passes an ingredient's bytes on and notes the extent of each tensor. See `Source`."""
+
+    def __init__(self, source: Source, table: TensorTable) -> None:
+        self._source = source
+        self._table = table
+        self._lock = threading.Lock()
+        self.extent = Extent(np.full(len(table), -5000, np.int32), np.full(len(table), 5000, np.int32))
+
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        from streamsoup.kernels.extent import extent
+
+        address = self._source.fetch(position, offset, nbytes, staging)
+        code = DTYPES[int(self._table.dtypes[position])].kernel_code
+        if code >= 0:
+            above, unit = extent(bytes_at(address, nbytes), code)
+            with self._lock:  # two tiles of one tensor may be at work at once
+                self.extent.above[position] = max(self.extent.above[position], above)
+                self.extent.unit[position] = min(self.extent.unit[position], unit)
+        return address
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._source.close()
+
+
+def is_exact(terms: Mapping[str, float], extents: Mapping[str, Extent], *, digits: int) -> bool:
+    """Whether sums of these terms are exact in any order, in a format of so many significant bits.
+
+    Parameters
+    ----------
+    terms : mapping of path to weight
+        The largest weight, in magnitude, with which each ingredient ever entered.
+    extents : mapping of path to Extent
+    digits : int
+        53 for float64, 24 for float32.
+    """
+    if any(path not in extents for path in terms):
+        return False
+    total: npt.NDArray[np.float64] | float = 0.0
+    unit: npt.NDArray[np.float64] | float = np.inf
+    for path, weight in terms.items():
+        extent = extents[path]
+        total = total + abs(weight) * np.exp2(extent.above.astype(np.float64))
+        unit = np.minimum(unit, extent.unit + float(_lowest_bit(weight)))
+    with np.errstate(over="ignore"):
+        return bool(np.all(np.log2(np.maximum(total, 1e-300)) <= unit + digits - 1e-9))
+
+
+def _lowest_bit(weight: float) -> int:
+    """Return e such that the weight is an odd multiple of 2^e."""
+    numerator, denominator = abs(weight).as_integer_ratio()
+    if numerator == 0:
+        return 0
+    return int(math.log2(numerator & -numerator)) - denominator.bit_length() + 1

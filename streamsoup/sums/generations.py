@@ -1,0 +1,253 @@
+"""A running sum on disk: whole generations of zarr v3 arrays, never updated in place.
+
+::
+
+    sums/
+        gen-000007/
+            zarr.json                    the group
+            <tensor name>/zarr.json      one uncompressed array a tensor
+            <tensor name>/c/0 ...        raw little-endian chunks
+            manifest.json                written last: what it is the sum of, digests of the chunks
+
+zarr makes the metadata (and reads the result); the chunks, which are plain bytes without a codec, are written and read
+with pwrite and pread, since zarr's own path would copy and lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.backends.protocol import Backend
+from streamsoup.checkpoints import TensorTable
+from streamsoup.dtypes import DType
+from streamsoup.errors import IngredientReadError
+from streamsoup.read import OpenFiles, Source
+from streamsoup.tiling import BLOCK_ELEMENTS
+from streamsoup.write import Sink, write_durably
+
+CHUNK_BYTES = 8 << 20  # 4 to 16 MiB did best; tiles are at most one chunk
+_KEPT_GENERATIONS = 2
+
+
+class GenerationStore:
+    """See `SumStore`.
+
+    Parameters
+    ----------
+    folder : Path
+    table : TensorTable
+        Of the sum.
+    averaged : bool array, shape (tensors,)
+    dtype : DType
+        Of the sum.
+    backend : Backend
+        Digests the chunks.
+    """
+
+    def __init__(
+        self, folder: Path, table: TensorTable, averaged: npt.NDArray[np.bool_], dtype: DType, backend: Backend
+    ) -> None:
+        self._folder = folder
+        self._table = table
+        self._averaged = averaged
+        self._dtype = dtype
+        self._backend = backend
+        self._files = OpenFiles()
+        self._metadata: dict[tuple[int, ...], str] = {}
+        self._lock = threading.Lock()
+        self._digests: dict[str, dict[str, int]] = {}
+        self._next: Path | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.name[4:]) for path in folder.glob("gen-*") if (path / "manifest.json").exists()]
+        self._number = max(numbers, default=0)
+
+    @staticmethod
+    def members_in(folder: Path) -> list[list[Any]]:
+        """What the newest whole generation in a folder is the sum of; empty if there is none."""
+        for path in sorted(folder.glob("gen-*/manifest.json"), reverse=True):
+            return list(json.loads(path.read_text(encoding="utf-8"))["members"])
+        return []
+
+    @property
+    def members(self) -> list[list[Any]] | None:
+        """What the current generation is the sum of: what was given to `commit`; None if there is none."""
+        manifest = self._manifest()
+        return None if manifest is None else list(manifest["members"])
+
+    def verify(self) -> bool:
+        """Read the current generation and compare its digests."""
+        manifest = self._manifest()
+        if manifest is None:
+            return False
+        try:
+            return all(
+                self._digest_chunk(self._path(self._number) / name / "c" / chunk, int(chunk), expected)
+                for name, chunks in manifest["digests"].items()
+                for chunk, expected in chunks.items()
+            )
+        except OSError:
+            return False
+
+    def _digest_chunk(self, path: Path, chunk: int, expected: list[int]) -> bool:
+        """Compare one chunk with [bytes, digest]."""
+        nbytes, digest = expected
+        raw = np.fromfile(path, np.uint8, nbytes)
+        first = chunk * self._chunk_elements // BLOCK_ELEMENTS
+        return len(raw) == nbytes and digest == self._backend.digest(
+            raw.ctypes.data, nbytes, self._dtype.itemsize, first
+        )
+
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            text = (self._path(self._number) / "manifest.json").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        return dict(json.loads(text))
+
+    @property
+    def _chunk_elements(self) -> int:
+        return CHUNK_BYTES // self._dtype.itemsize
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"gen-{number:06d}"
+
+    def source(self) -> Source:
+        """See `SumStore`."""
+        return _GenerationSource(self._path(self._number), self._table, CHUNK_BYTES)
+
+    def begin(self) -> Sink:
+        """See `SumStore`."""
+        import zarr
+
+        self._next = self._path(self._number + 1)
+        if self._next.exists():
+            shutil.rmtree(self._next)
+        zarr.create_group(store=str(self._next))
+        for tensor in np.flatnonzero(self._averaged).tolist():
+            folder = self._next / self._table.names[tensor]
+            (folder / "c").mkdir(parents=True)
+            (folder / "zarr.json").write_text(self._array_metadata(tensor), encoding="utf-8")
+        self._digests = {}
+        return self
+
+    def _array_metadata(self, tensor: int) -> str:
+        """Have zarr write the metadata of an array once for each shape: an array takes it a millisecond."""
+        shape = self._table.shape(tensor)
+        if shape not in self._metadata:
+            import zarr
+
+            parts = self._dtype.itemsize // np.dtype(self._numpy_dtype).itemsize
+            elements = max(1, int(self._table.elements[tensor]))
+            store = zarr.storage.MemoryStore()
+            zarr.create_array(
+                store,
+                shape=(int(self._table.elements[tensor]) * parts,),  # double-double: hi, lo, hi, lo ...
+                chunks=(min(elements, self._chunk_elements) * parts,),
+                dtype=self._numpy_dtype,
+                compressors=None,
+                filters=None,
+                fill_value=float("nan"),
+                attributes={"shape": list(shape)},
+                config={"write_empty_chunks": True},
+            )
+            self._metadata[shape] = bytes(store._store_dict["zarr.json"].to_bytes()).decode()
+        return self._metadata[shape]
+
+    @property
+    def _numpy_dtype(self) -> str:
+        return "float32" if self._dtype.itemsize == 4 else "float64"
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        assert self._next is not None
+        name = self._table.names[tensor]
+        chunk, inside = divmod(offset, CHUNK_BYTES)
+        full = min(CHUNK_BYTES, int(self._table.nbytes[tensor]))
+        fd = os.open(self._next / name / "c" / str(chunk), os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(fd, full)  # zarr pads the last chunk to the size of all
+            done = 0
+            while done < len(buffer):
+                done += os.pwrite(fd, buffer[done:], inside + done)
+        finally:
+            os.close(fd)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        itemsize = self._dtype.itemsize
+        digest = self._backend.digest(address, len(buffer), itemsize, offset // itemsize // BLOCK_ELEMENTS)
+        with self._lock:
+            chunks = self._digests.setdefault(name, {})
+            chunks[str(chunk)] = (chunks.get(str(chunk), 0) + digest) % 2**64
+
+    def start_sync(self) -> None:
+        """See `Sink`."""
+
+    def sync(self) -> None:
+        """See `Sink`. A generation need not be durable: its digests tell if it is whole, and it can be made anew."""
+
+    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+        """See `SumStore`."""
+        assert self._next is not None
+        sizes = {self._table.names[t]: int(self._table.nbytes[t]) for t in np.flatnonzero(self._averaged).tolist()}
+        digests = {
+            name: {
+                chunk: [min(CHUNK_BYTES, sizes[name] - int(chunk) * CHUNK_BYTES), digest]
+                for chunk, digest in chunks.items()
+            }
+            for name, chunks in self._digests.items()
+        }
+        document = {"members": [list(member) for member in members], "digests": digests}
+        write_durably(self._next / "manifest.json", json.dumps(document))
+        self._number += 1
+        for path in self._folder.glob("gen-*"):
+            if int(path.name[4:]) <= self._number - _KEPT_GENERATIONS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _GenerationSource:
+    """Reads chunks through the page cache, where they mostly are: they were just written. See `Source`."""
+
+    def __init__(self, folder: Path, table: TensorTable, chunk_bytes: int) -> None:
+        self._folder = folder
+        self._table = table
+        self._chunk_bytes = chunk_bytes
+        self._files = OpenFiles()
+        self._buffers = threading.local()
+
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        chunk, inside = divmod(offset, self._chunk_bytes)
+        path = str(self._folder / self._table.names[position] / "c" / str(chunk))
+        if staging is None:
+            staging = self._own_buffer(nbytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        try:
+            with self._files.borrow(path) as fd:
+                done = 0
+                while done < nbytes:
+                    count = os.preadv(fd, [staging[done:nbytes]], inside + done)
+                    if count == 0:
+                        raise OSError(0, "ends too early")
+                    done += count
+        except OSError as error:
+            raise IngredientReadError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        return address
+
+    def _own_buffer(self, nbytes: int) -> memoryview:
+        buffer: npt.NDArray[np.uint8] | None = getattr(self._buffers, "array", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._buffers.array = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes].data
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._files.close()

@@ -1,0 +1,302 @@
+"""Running sums: Σ wᵢθᵢ with its weight, never the average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from streamsoup.candidate import Candidate
+from streamsoup.checkpoints import Checkpoint
+from streamsoup.errors import RecipeError, ResumeError
+from streamsoup.methods import Coefficients
+from streamsoup.pool import Pool, PoolOptions
+from streamsoup.read import OpenFiles, Source, open_source
+from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact
+from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
+from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
+from streamsoup.tiling import MIB
+
+_DIGITS = {"SUM64": 53, "SUM32": 24}
+# Weights beyond 2^±100 might overflow a sum whose quotient does not.
+_LARGEST_EXPONENT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An ingredient in a sum, with its merged weight."""
+
+    path: str
+    weight: float
+
+
+class RunningSoup:
+    """A soup that grows and shrinks one ingredient at a time.
+
+    The sum is always, bit for bit, what adding its members in order (of first entry, with merged weights) would give:
+    `mean` is the soup that ``streamsoup soup`` makes of that recipe, whatever was tried, added or removed before.
+    Where float64 rounding would make a difference, the sum is made anew from its members.
+
+    Parameters
+    ----------
+    like : path or sequence of paths
+        The first gives names, dtypes and configuration files; nothing is added yet.
+    folder : path, optional
+        Keep the sum there, as a zarr store; by default it is in memory, and counts against the budget.
+    **options
+        See `PoolOptions`.
+
+    Attributes
+    ----------
+    members : tuple of Member
+    reads : dict of str to int
+        How often each ingredient was read.
+    bytes_read, bytes_written : int
+        Of ingredients and sums, in all.
+
+    Raises
+    ------
+    BudgetError
+        If the sum fits neither the budget nor a folder was given.
+    """
+
+    def __init__(
+        self,
+        like: str | Path | Sequence[str | Path],
+        *,
+        folder: str | Path | None = None,
+        pool: Pool | None = None,
+        **options: Any,
+    ) -> None:
+        paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
+        self.pool = pool or Pool(paths, PoolOptions(**options))
+        self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
+        self._store = self._make_store(folder)
+        self._extents: dict[str, Extent] = {}
+        self._entered: dict[str, float] = {}
+        self.members: tuple[Member, ...] = ()
+        self.reads: dict[str, int] = {}
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.rebuilt = 0
+
+    def _make_store(self, folder: str | Path | None) -> SumStore:
+        pool = self.pool
+        if folder is None and (needed := pool.sum_bytes + 64 * MIB) > pool.budget_bytes:
+            from streamsoup.errors import BudgetError
+            from streamsoup.units import format_binary
+
+            raise BudgetError(
+                f"The running sum takes {format_binary(pool.sum_bytes)}, more than the budget of "
+                f"{format_binary(pool.budget_bytes)}. Give it a folder, or a larger budget.",
+                least_bytes=needed,
+            )
+        if folder is None:
+            pool.budget_bytes -= pool.sum_bytes
+            return MemoryStore(self._sum.table, pool.averaged)
+        # A tile of the sum is read into a buffer for each worker.
+        pool.budget_bytes -= min(pool.budget_bytes // 2, 2 * CHUNK_BYTES)
+        return GenerationStore(Path(folder), self._sum.table, pool.averaged, pool.sum_dtype, pool.backend)
+
+    @property
+    def weight(self) -> float:
+        """The running weight Σ wᵢ."""
+        return float(sum((Fraction(m.weight) for m in self.members), Fraction(0)))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `mean` can be taken from the sum: always in float64, seldom in float32."""
+        if self.pool.options.sums_dtype == "float64":
+            return True
+        return is_exact(self._entered, self._extents, digits=24)
+
+    def add(self, path: str | Path, weight: float = 1.0) -> RunningSoup:
+        """Add an ingredient, or more of one that is in; returns itself.
+
+        Raises
+        ------
+        MismatchError, NonFiniteError, CheckpointError
+        """
+        return self._change(str(path), _checked(weight))
+
+    def remove(self, path: str | Path, weight: float | None = None) -> RunningSoup:
+        """Take an ingredient out again, or some of its weight; returns itself.
+
+        Raises
+        ------
+        RecipeError
+            If there is not so much of it.
+        """
+        present = {m.path: m.weight for m in self.members}
+        if str(path) not in present:
+            raise RecipeError(f"{path}: is not in the running soup. Remove what was added.")
+        return self._change(str(path), -(present[str(path)] if weight is None else _checked(weight)))
+
+    def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
+        """Return the soup with one more (or, with a negative weight, less) ingredient; nothing is read yet."""
+        name = str(path)
+        members = merge(self.members, name, weight)
+        if not self.members:
+            return self._candidate_of(members)
+        exact = self.is_exact and name not in {m.path for m in self.members}
+        numbers = Coefficients((1.0, float(weight)), _divisor(members))
+        return Candidate(self, members, (self._sum, self.pool.open(name)), numbers, is_exact=exact)
+
+    def mean(self) -> Candidate:
+        """Return the soup as it is.
+
+        Raises
+        ------
+        RecipeError
+            If nothing was added.
+        """
+        if not self.members:
+            raise RecipeError("The running soup is empty. Add an ingredient first.")
+        if not self.is_exact:
+            return self._candidate_of(self.members)
+        return Candidate(self, self.members, (self._sum,), Coefficients((1.0,), _divisor(self.members)), is_exact=True)
+
+    def reread(self, path: str | Path, weight: float = 1.0) -> Candidate:
+        """Return the soup with one more ingredient, to be made from all its ingredients and not from the sum."""
+        return self._candidate_of(merge(self.members, str(path), weight))
+
+    def alone(self, path: str | Path) -> Candidate:
+        """Return the soup of one ingredient."""
+        return self._candidate_of((Member(str(path), 1.0),))
+
+    def _candidate_of(self, members: tuple[Member, ...]) -> Candidate:
+        checkpoints = tuple(self.pool.open(m.path) for m in members)
+        numbers = Coefficients(tuple(m.weight for m in members), _divisor(members))
+        return Candidate(self, members, checkpoints, numbers, is_exact=True)
+
+    def _change(self, path: str, weight: float) -> RunningSoup:
+        members = merge(self.members, path, weight)
+        new = path not in {m.path for m in self.members} and weight > 0
+        entered = {**self._entered, path: max(abs(weight), abs(self._entered.get(path, 0.0)))}
+        entered |= {m.path: max(m.weight, entered.get(m.path, 0.0)) for m in members}
+        if self.members and not new and not self._commutes(entered):
+            return self.rebuild(members)
+        checkpoint = self.pool.open(path)
+        if self.members:
+            operands: tuple[Checkpoint, ...] = (self._sum, checkpoint)
+            numbers = Coefficients((1.0, weight))
+        else:
+            operands, numbers = (checkpoint,), Coefficients((weight,))
+        self._fold(operands, numbers, members)
+        self._entered = entered
+        return self
+
+    def _commutes(self, entered: dict[str, float]) -> bool:
+        digits = _DIGITS.get(self.pool.sum_dtype.name)
+        return digits is not None and is_exact(entered, self._extents, digits=digits)
+
+    def rebuild(self, members: tuple[Member, ...]) -> RunningSoup:
+        """Make the sum anew from its members: each is read once."""
+        self.members, self._entered = (), {}
+        if members:
+            checkpoints = tuple(self.pool.open(m.path) for m in members)
+            self._fold(checkpoints, Coefficients(tuple(m.weight for m in members)), members)
+            self._entered = {m.path: m.weight for m in members}
+            self.rebuilt += 1
+        return self
+
+    def _fold(self, operands: tuple[Checkpoint, ...], numbers: Coefficients, members: tuple[Member, ...]) -> None:
+        plan = self.pool.plan(operands, numbers, to_sum=True)
+        with self.sources(operands, measure=True) as sources:
+            sink = self._store.begin()
+            outcome = self.pool.run(plan, sources, sink, copied=False)
+        for source, operand in zip(sources, operands, strict=True):
+            if isinstance(source, MeasuringSource):
+                self._extents[operand.path] = source.extent
+        self.count(operands, outcome.bytes_read, outcome.bytes_written)
+        self._store.commit([(m.path, m.weight) for m in members])
+        self.members = members
+
+    def count(self, operands: Sequence[Checkpoint], bytes_read: int, bytes_written: int) -> None:
+        """Count what was read and written."""
+        for operand in operands:
+            if operand is not self._sum:
+                self.reads[operand.path] = self.reads.get(operand.path, 0) + 1
+        self.bytes_read += bytes_read
+        self.bytes_written += bytes_written
+
+    @contextlib.contextmanager
+    def sources(self, operands: Sequence[Checkpoint], *, measure: bool = False) -> Iterator[list[Source]]:
+        """Open the bytes of ingredients and of the sum."""
+        files = OpenFiles()
+        sources: list[Source] = []
+        opened: list[Source] = []
+        try:
+            for operand in operands:
+                if operand is self._sum:
+                    buffers = open_source(self.pool.first, self.pool.mode, files)
+                    opened.append(buffers)
+                    sources.append(WithBuffers(self._store.source(), buffers, self.pool.averaged))
+                else:
+                    source = open_source(operand, self.pool.mode, files)
+                    sources.append(MeasuringSource(source, operand.table) if measure else source)
+            opened += sources
+            yield sources
+        finally:
+            for source in opened:
+                source.close()
+            files.close()
+
+    def restore(self, members: tuple[Member, ...]) -> bool:
+        """Take up a sum that an earlier process left on disk, if it is whole and of these members."""
+        store = self._store
+        if not isinstance(store, GenerationStore) or store.members != [[m.path, m.weight] for m in members]:
+            return False
+        if not store.verify():
+            return False
+        self.members = members
+        self._entered = {m.path: m.weight for m in members}
+        return True
+
+    @staticmethod
+    def open(folder: str | Path, **options: Any) -> RunningSoup:
+        """Go on with a sum that was kept in a folder.
+
+        Raises
+        ------
+        ResumeError
+            If there is none, or it is damaged.
+        """
+        members = tuple(Member(str(path), float(weight)) for path, weight in GenerationStore.members_in(Path(folder)))
+        if not members:
+            raise ResumeError(f"{folder}: holds no running sum. Name the folder that was given to RunningSoup.")
+        running = RunningSoup([m.path for m in members], folder=folder, **options)
+        if not running.restore(members):
+            raise ResumeError(f"{folder}: the running sum is damaged. Make it anew from its ingredients.")
+        return running
+
+
+def merge(members: Sequence[Member], path: str, weight: float) -> tuple[Member, ...]:
+    """Add weight to a member (a new one comes last); one whose weight becomes zero goes.
+
+    Raises
+    ------
+    RecipeError
+        If the weight would become negative.
+    """
+    merged = {m.path: m.weight for m in members}
+    merged[path] = merged.get(path, 0.0) + weight
+    if merged[path] < 0:
+        raise RecipeError(f"{path}: only {merged[path] - weight:g} of it can be removed, not {-weight:g}.")
+    return tuple(Member(p, w) for p, w in merged.items() if w)
+
+
+def _divisor(members: Sequence[Member]) -> tuple[float, float]:
+    total = sum((Fraction(m.weight) for m in members), Fraction(0))
+    high = float(total)
+    return high, float(total - Fraction(high))
+
+
+def _checked(weight: float) -> float:
+    if not math.isfinite(weight) or weight <= 0 or abs(math.frexp(weight)[1]) > _LARGEST_EXPONENT:
+        raise RecipeError(f"Weight {weight!r}: a running soup takes positive weights between 2^-100 and 2^100.")
+    return float(weight)

@@ -1,0 +1,122 @@
+"""Where a running sum is kept: in memory, or as a zarr store on disk."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints import Checkpoint, Shard, TensorTable
+from streamsoup.errors import StreamsoupError
+from streamsoup.read import Source
+from streamsoup.write import Sink
+
+
+@dataclass(frozen=True)
+class SumCheckpoint:
+    """A running sum as an ingredient (see `Checkpoint`): the names and shapes of the first, dtypes of sums."""
+
+    table: TensorTable
+    path: str = "the running sum"
+    folder: Path | None = None
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """No free text."""
+        return {}
+
+
+def sum_checkpoint(like: Checkpoint, dtypes: npt.NDArray[np.uint8]) -> SumCheckpoint:
+    """Describe the running sum of checkpoints like this one."""
+    table = like.table
+    return SumCheckpoint(TensorTable(table.names, dtypes, table.dims, table.dim_starts, table.shards, table.begins))
+
+
+class SumStore(Protocol):
+    """Keeps one sum, and takes the next."""
+
+    def source(self) -> Source:
+        """Return the bytes of the current sum, as an ingredient's."""
+        ...
+
+    def begin(self) -> Sink:
+        """Return where the next sum is written. It counts only after `commit`."""
+        ...
+
+    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+        """Make what was written the current sum, and write down what it is the sum of."""
+        ...
+
+
+class MemoryStore:
+    """One array a tensor, overwritten tile by tile: a tile of the next sum depends on that tile of the old alone.
+
+    If a run fails half-way, the sum is neither old nor new, and reading it is an error until it is made anew.
+    """
+
+    def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_]) -> None:
+        sizes = np.where(averaged, table.nbytes, 0)
+        self._arrays = [np.empty(size, np.uint8) for size in sizes.tolist()]
+        self._whole = False
+
+    def source(self) -> Source:
+        """See `SumStore`."""
+        if not self._whole:
+            raise StreamsoupError("The running sum is incomplete after a failure. Make it anew.")
+        return self
+
+    def begin(self) -> Sink:
+        """See `SumStore`."""
+        self._whole = False
+        return self
+
+    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+        """See `SumStore`."""
+        self._whole = True
+
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        array = self._arrays[position]
+        address = array.ctypes.data + offset
+        if staging is None:
+            return address
+        target = ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        ctypes.memmove(target, address, nbytes)
+        return target
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        self._arrays[tensor][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+
+    def start_sync(self) -> None:
+        """See `Sink`."""
+
+    def sync(self) -> None:
+        """See `Sink`."""
+
+    def close(self) -> None:
+        """See `Source`."""
+
+
+@dataclass(frozen=True)
+class WithBuffers:
+    """A source of a running sum whose copied tensors come from a checkpoint."""
+
+    sums: Source
+    checkpoint: Source
+    averaged: npt.NDArray[np.bool_]
+
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        source = self.sums if self.averaged[position] else self.checkpoint
+        return source.fetch(position, offset, nbytes, staging)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self.sums.close()

@@ -1,0 +1,97 @@
+"""Runs the engine on checkpoints with every size chosen by hand: tiles, groups, threads, device, way of reading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from factory import DTYPES
+
+from streamsoup.backends import open_backend
+from streamsoup.checkpoints import open_checkpoints
+from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
+from streamsoup.engine import Engine, Outcome
+from streamsoup.methods import linear
+from streamsoup.plan import Plan, make_plan
+from streamsoup.read import open_sources
+from streamsoup.tiling import BLOCK_ELEMENTS, Tiling, slot_bytes
+
+
+class MemorySink:
+    """Keeps the soup in memory, and checks that every byte is written exactly once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        sizes = [int(plan.table.elements[t]) * plan.out_dtype(t).itemsize for t in range(len(plan.table))]
+        self.raw = [bytearray(size) for size in sizes]
+        self.times = [np.zeros(size, np.uint8) for size in sizes]
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        self.raw[tensor][offset : offset + len(buffer)] = buffer
+        self.times[tensor][offset : offset + len(buffer)] += 1
+
+    def start_sync(self) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        assert all((times == 1).all() for times in self.times), "a byte was written twice or never"
+        table = self.plan.table
+        return {
+            name: np.frombuffer(self.raw[t], DTYPES[self.plan.out_dtype(t).name]).reshape(table.shape(t))
+            for t, name in enumerate(table.names)
+        }
+
+
+def plan_for(
+    paths: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    normalize: bool = True,
+    dtype: str | None = None,
+    tile_blocks: int = 4,
+    group: int | None = None,
+    workers: int = 2,
+    staged: bool = False,
+) -> Plan:
+    """Make a plan, and put a tiling of our own into it."""
+    weights = [1.0] * len(paths) if weights is None else weights
+    plan = make_plan(
+        open_checkpoints([str(p) for p in paths]),
+        linear(weights, normalize=normalize),
+        dtype=dtype,
+        shard_bytes=10**9,
+        budget_bytes=10**9,
+        workers=workers,
+        staged=staged,
+    )
+    tile, group = tile_blocks * BLOCK_ELEMENTS, min(group or len(paths), len(paths))
+    tiling = Tiling(workers, tile, group, slot_bytes(plan.needs, tile, group))
+    return dataclasses.replace(plan, tiling=tiling)
+
+
+def simmer(
+    paths: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    device: str = "cpu",
+    read_mode: str = "map",
+    **sizes: object,
+) -> tuple[dict[str, np.ndarray], Outcome]:
+    """Soup checkpoints into memory; return the tensors and what was found."""
+    staged = read_mode == "plain" or device != "cpu"
+    plan = plan_for(paths, weights, staged=staged, **sizes)  # type: ignore[arg-type]
+    backend = open_backend(device)
+    dtypes = {FORMAT_DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
+    dtypes |= {FORMAT_DTYPES[i] for i in set(plan.out_dtypes.tolist())}
+    backend.prepare(wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes))
+    sink = MemorySink(plan)
+    with open_sources(plan.checkpoints, read_mode) as sources:
+        engine = Engine(plan, backend, sources, sink)
+        engine.run(plan.tiles(averaged=False))
+        outcome = engine.run(plan.tiles(averaged=True))
+    return sink.tensors(), outcome
