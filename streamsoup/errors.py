@@ -16,6 +16,7 @@
     ├── DestinationError (OSError)           the output cannot go where it was sent
     │   └── DiskSpaceError
     ├── IngredientReadError (OSError)        reading an ingredient failed
+    ├── ScoreError (RuntimeError)            an evaluator failed or gave no number
     └── ResumeError (ValueError)             nothing to resume, or it does not belong to this job
 
 Each message is one sentence about the thing at fault (tensor, file, expected, found) and one thing to do.
@@ -126,6 +127,10 @@ class DiskSpaceError(DestinationError):
 
 class IngredientReadError(StreamsoupError, OSError):
     """Reading an ingredient failed."""
+
+
+class ScoreError(StreamsoupError, RuntimeError):
+    """An evaluator failed, took too long, or gave no finite number."""
 
 
 class ResumeError(StreamsoupError, ValueError):
