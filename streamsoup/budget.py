@@ -12,6 +12,7 @@ from streamsoup.tiling import MIB
 DEFAULT_SHARE = 4
 DEFAULT_MOST_BYTES = 2048 * MIB
 _SAMPLE_SECONDS = 0.02
+_PLAIN_WORKERS = 8  # a disk needs several requests in flight
 
 
 def default_budget_bytes() -> int:
@@ -31,6 +32,12 @@ def free_bytes() -> int:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(workers: int | None, mode: str) -> int:
+    """Choose threads: the cores, or more where the disk is waited for."""
+    cores = available_cores()
+    return workers or (max(_PLAIN_WORKERS, 2 * cores) if mode == "plain" else cores)
 
 
 def _cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> int | None:

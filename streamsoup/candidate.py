@@ -71,7 +71,7 @@ class Candidate:
         plan = self.plan
         with self._running.sources(self._operands) as sources:
             outcome = self._running.pool.run(plan, sources, sink)
-        self._running.count(self._operands, outcome.bytes_read, outcome.bytes_written)
+        self._running.count(plan, outcome)
         return outcome
 
     def load_into(self, module: torch.nn.Module, *, strict: bool = True) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
-from streamsoup.budget import PeakSampler, available_cores, default_budget_bytes
+from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
 from streamsoup.checkpoints import (
     expand_paths,
     expect_identity,
@@ -23,26 +23,25 @@ from streamsoup.checkpoints import (
     open_checkpoints,
     verify_unchanged,
 )
-from streamsoup.companions import copy_companions
-from streamsoup.dtypes import DTYPES, parse_float_dtype
+from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine, Outcome, Progress
 from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
-from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
+from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import choose_mode, open_sources
-from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, recipe_to_yaml
+from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping
+from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
-from streamsoup.write import FileSink, require_space, write_durably
+from streamsoup.write import FileSink, require_space
 
 _log = logging.getLogger(__name__)
 _COMPILE_NOTICE_SECONDS = 1.0
 _SIDE_FILES_BYTES = 16_000_000  # room for configuration, tokenizer, manifest and journal
-_PLAIN_WORKERS = 8  # a disk needs several requests in flight
 
 
 def soup(
@@ -140,8 +139,6 @@ def plan_soup(recipe: Recipe, out: str | Path | None, execution: Execution) -> t
     method = linear([i.weight for i in recipe.ingredients], normalize=recipe.normalize, name=recipe.method)
     checkpoints = open_checkpoints([i.path for i in recipe.ingredients])
     mode = choose_mode(checkpoints, execution.read_mode)
-    cores = available_cores()
-    workers = execution.workers or (max(_PLAIN_WORKERS, 2 * cores) if mode == "plain" else cores)
     plan = make_plan(
         checkpoints,
         method,
@@ -149,7 +146,7 @@ def plan_soup(recipe: Recipe, out: str | Path | None, execution: Execution) -> t
         shard_bytes=recipe.shard_bytes,
         file_name=destination.path.name if destination and destination.is_file else None,
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
-        workers=workers,
+        workers=worker_count(execution.workers, mode),
         staged=mode == "plain" or execution.device != "cpu",
     )
     if destination is not None:
@@ -255,9 +252,19 @@ class _Cook:
         notes += check_finite(plan, outcome, self.recipe.nonfinite)
         for note in notes:
             _log.warning(note)
-        digests = self._write_side_files(outcome, notes)
+        digests = content_digests(plan, outcome.digests)
+        write_side_files(
+            self.workspace,
+            plan,
+            self.recipe,
+            identities=self.job["identities"],
+            digests=digests,
+            device=self.backend.name,
+            notes=notes,
+            job_id=self.job["id"],
+        )
         self.workspace.publish(overwrite=execution.overwrite)
-        return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=digests, notes=tuple(notes))
+        return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=tuple(digests), notes=tuple(notes))
 
     def _reduce(self, sampler: PeakSampler) -> Outcome:
         plan = self.plan
@@ -279,28 +286,6 @@ class _Cook:
                 engine.run(plan.tiles(averaged=True, done=done))
                 sampler.sample()
                 return engine.outcome
-
-    def _write_side_files(self, outcome: Outcome, notes: Sequence[str]) -> tuple[str, ...]:
-        plan, recipe, folder = self.plan, self.recipe, self.workspace.soup
-        manifest = build_manifest(
-            plan, recipe, self.job["identities"], outcome.digests, device=self.backend.name, notes=notes
-        )
-        manifest["id"] = self.job["id"]
-        destination = self.workspace.destination
-        prefix = f"{destination.companion_stem}." if destination.is_file else ""
-        absolute = replace(
-            recipe,
-            ingredients=tuple(replace(i, path=str(Path(i.path).resolve())) for i in recipe.ingredients),
-        )
-        write_durably(folder / f"{prefix}{MANIFEST_NAME}", manifest_to_json(manifest))
-        write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(absolute))
-        if not destination.is_file:
-            write_durably(folder / "README.md", model_card(plan, recipe, manifest))
-            if plan.layout.index is not None:
-                write_durably(folder / "model.safetensors.index.json", plan.layout.index)
-            if (source := plan.checkpoints[0].folder) is not None:
-                copy_companions(source, folder, dtype=None if recipe.dtype is None else parse_float_dtype(recipe.dtype))
-        return tuple(entry["content_digest"] for entry in manifest["ingredients"])
 
     def result(
         self, outcome: Outcome, *, measured_peak_bytes: int, digests: tuple[str, ...], notes: tuple[str, ...]

@@ -51,11 +51,18 @@ def content_digest(checkpoint: Checkpoint, positions: npt.NDArray[np.intp], dige
     return digest.hexdigest()
 
 
+def content_digests(plan: Plan, digests: npt.NDArray[np.uint64]) -> list[str]:
+    """Digests of all ingredients of a plan, from those of their tensors, shape (ingredients, tensors)."""
+    everywhere = np.arange(len(plan.table))
+    orders = [everywhere if order is None else order.astype(np.intp) for order in plan.alignment.orders]
+    return [content_digest(c, orders[i], digests[i]) for i, c in enumerate(plan.checkpoints)]
+
+
 def build_manifest(
     plan: Plan,
     recipe: Recipe,
     identities: Sequence[Sequence[Mapping[str, Any]]],
-    digests: npt.NDArray[np.uint64],
+    digests: Sequence[str],
     *,
     device: str,
     notes: Sequence[str],
@@ -67,24 +74,21 @@ def build_manifest(
     plan : Plan
     recipe : Recipe
     identities : one list of shard identities for each ingredient
-    digests : uint64 array, shape (ingredients, tensors)
+    digests : sequence of str
+        Content digests of the ingredients.
     device : str
     notes : sequence of str
         What a reader should know, such as non-finite values that were let through.
     """
-    everywhere = np.arange(len(plan.table))
-    ingredients = []
-    for i, (ingredient, checkpoint) in enumerate(zip(recipe.ingredients, plan.checkpoints, strict=True)):
-        order = plan.alignment.orders[i]
-        positions = everywhere if order is None else order.astype(np.intp)
-        ingredients.append(
-            {
-                "path": ingredient.path,
-                "weight": ingredient.weight,
-                "content_digest": content_digest(checkpoint, positions, digests[i]),
-                "shards": list(identities[i]),
-            }
-        )
+    ingredients = [
+        {
+            "path": ingredient.path,
+            "weight": ingredient.weight,
+            "content_digest": digests[i],
+            "shards": list(identities[i]),
+        }
+        for i, ingredient in enumerate(recipe.ingredients)
+    ]
     return {
         "streamsoup_manifest": MANIFEST_FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

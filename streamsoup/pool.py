@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
-from streamsoup.budget import available_cores, default_budget_bytes
+from streamsoup.budget import default_budget_bytes, worker_count
 from streamsoup.checkpoints import Checkpoint, open_checkpoints
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine, Outcome, Progress
@@ -25,12 +25,6 @@ from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.write import Sink
 
 SUM_DTYPES = ("float64", "float32")
-_PLAIN_WORKERS = 8  # a disk needs several requests in flight
-
-
-def worker_count(workers: int | None, mode: str) -> int:
-    """Choose threads: the cores, or more where the disk is waited for."""
-    return workers or (max(_PLAIN_WORKERS, 2 * available_cores()) if mode == "plain" else available_cores())
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class Pool:
         check_finite(plan, engine.outcome, self.options.nonfinite)
         return engine.outcome
 
-    def run(self, plan: Plan, sources: Sequence[Source], sink: Sink, *, copied: bool = True) -> Outcome:
+    def run(self, plan: Plan, sources: Sequence[Source], sink: Sink) -> Outcome:
         """Run a plan of this pool.
 
         Raises
@@ -183,9 +177,8 @@ class Pool:
         """
         self.prepare()
         engine = Engine(plan, self.backend, sources, sink, progress=self.progress)
-        if copied:
-            engine.run(plan.tiles(averaged=False))
-            check_copied(plan, engine.outcome, self.options.buffers)
+        engine.run(plan.tiles(averaged=False))
+        check_copied(plan, engine.outcome, self.options.buffers)
         engine.run(plan.tiles(averaged=True))
         check_finite(plan, engine.outcome, self.options.nonfinite)
         return engine.outcome

@@ -168,7 +168,9 @@ class GenerationStore:
         return "float32" if self._dtype.itemsize == 4 else "float64"
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
-        """See `Sink`."""
+        """See `Sink`; copied tensors are not kept."""
+        if not self._averaged[tensor]:
+            return
         assert self._next is not None
         name = self._table.names[tensor]
         chunk, inside = divmod(offset, CHUNK_BYTES)

@@ -12,8 +12,11 @@ from typing import Any
 
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import Checkpoint
+from streamsoup.engine import Outcome
 from streamsoup.errors import RecipeError, ResumeError
+from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
+from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import OpenFiles, Source, open_source
 from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact
@@ -55,6 +58,8 @@ class RunningSoup:
     members : tuple of Member
     reads : dict of str to int
         How often each ingredient was read.
+    content_digests : dict of str to str
+        Of the ingredients read so far.
     bytes_read, bytes_written : int
         Of ingredients and sums, in all.
 
@@ -80,6 +85,7 @@ class RunningSoup:
         self._entered: dict[str, float] = {}
         self.members: tuple[Member, ...] = ()
         self.reads: dict[str, int] = {}
+        self.content_digests: dict[str, str] = {}
         self.bytes_read = 0
         self.bytes_written = 0
         self.rebuilt = 0
@@ -208,21 +214,22 @@ class RunningSoup:
         plan = self.pool.plan(operands, numbers, to_sum=True)
         with self.sources(operands, measure=True) as sources:
             sink = self._store.begin()
-            outcome = self.pool.run(plan, sources, sink, copied=False)
+            outcome = self.pool.run(plan, sources, sink)
         for source, operand in zip(sources, operands, strict=True):
             if isinstance(source, MeasuringSource):
                 self._extents[operand.path] = source.extent
-        self.count(operands, outcome.bytes_read, outcome.bytes_written)
+        self.count(plan, outcome)
         self._store.commit([(m.path, m.weight) for m in members])
         self.members = members
 
-    def count(self, operands: Sequence[Checkpoint], bytes_read: int, bytes_written: int) -> None:
-        """Count what was read and written."""
-        for operand in operands:
+    def count(self, plan: Plan, outcome: Outcome) -> None:
+        """Count what was read and written, and note who the ingredients were."""
+        for operand, digest in zip(plan.checkpoints, content_digests(plan, outcome.digests), strict=True):
             if operand is not self._sum:
                 self.reads[operand.path] = self.reads.get(operand.path, 0) + 1
-        self.bytes_read += bytes_read
-        self.bytes_written += bytes_written
+                self.content_digests[operand.path] = digest
+        self.bytes_read += outcome.bytes_read
+        self.bytes_written += outcome.bytes_written
 
     @contextlib.contextmanager
     def sources(self, operands: Sequence[Checkpoint], *, measure: bool = False) -> Iterator[list[Source]]:

@@ -63,6 +63,7 @@ class MemoryStore:
     def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_]) -> None:
         sizes = np.where(averaged, table.nbytes, 0)
         self._arrays = [np.empty(size, np.uint8) for size in sizes.tolist()]
+        self._averaged = averaged
         self._whole = False
 
     def source(self) -> Source:
@@ -91,7 +92,9 @@ class MemoryStore:
         return target
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
-        """See `Sink`."""
+        """See `Sink`; copied tensors are not kept."""
+        if not self._averaged[tensor]:
+            return
         self._arrays[tensor][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
 
     def start_sync(self) -> None:

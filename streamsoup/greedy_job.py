@@ -1,0 +1,179 @@
+"""What a greedy soup is to do, as a value that a work folder keeps; and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamsoup.errors import ResumeError
+from streamsoup.pool import PoolOptions
+from streamsoup.rules import Rule
+from streamsoup.score import CommandScore
+from streamsoup.sums import Member
+from streamsoup.write import write_durably
+
+JOB_NAME = "greedy.json"
+JOB_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class GreedyJob:
+    """All that decides a greedy soup, but for an evaluator that is a Python callable.
+
+    Attributes
+    ----------
+    ingredients : tuple of str
+    out : str or None
+        Where the soup goes; None: it is only decided.
+    rule : Rule
+    own_scores : mapping of path to float
+        Scores of ingredients that are given and not evaluated.
+    metric, also
+        See `CommandScore`; for callables that return mappings too.
+    score_command, before_command : str or None
+    timeout_seconds : float or None
+    candidates : str or None
+        Folder for candidates; None: in the work folder.
+    overwrite : bool
+    pool : PoolOptions
+    """
+
+    ingredients: tuple[str, ...]
+    out: str | None = None
+    rule: Rule = field(default_factory=Rule)
+    own_scores: Mapping[str, float] = field(default_factory=dict)
+    metric: str | None = None
+    also: tuple[str, ...] = ()
+    score_command: str | None = None
+    before_command: str | None = None
+    timeout_seconds: float | None = None
+    candidates: str | None = None
+    overwrite: bool = False
+    pool: PoolOptions = field(default_factory=PoolOptions)
+
+    def command_score(self) -> CommandScore | None:
+        """Return the evaluator, if it is a command."""
+        if self.score_command is None:
+            return None
+        return CommandScore(self.score_command, self.metric, self.also, self.timeout_seconds)
+
+
+def write_job(folder: Path, job: GreedyJob, identities: Mapping[str, Any]) -> None:
+    """Write a job and the identities of its ingredients into a work folder."""
+    document = {"greedy": JOB_FORMAT, **asdict(job), "identities": dict(identities)}
+    write_durably(folder / JOB_NAME, json.dumps(document, indent=1))
+
+
+def read_job(folder: Path) -> tuple[GreedyJob, dict[str, Any]]:
+    """Read a job and the identities of its ingredients.
+
+    Raises
+    ------
+    ResumeError
+    """
+    try:
+        document = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResumeError(f"{folder}: holds no greedy soup to resume. Name the work folder.") from None
+    except ValueError:
+        document = {}
+    if document.pop("greedy", None) != JOB_FORMAT:
+        raise ResumeError(f"{folder}: is not readable by this version. Begin anew in another work folder.")
+    identities = document.pop("identities")
+    document["rule"] = Rule(**document["rule"])
+    document["pool"] = PoolOptions(**document["pool"])
+    for name in ("ingredients", "also"):
+        document[name] = tuple(document[name])
+    return GreedyJob(**document), identities
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """One decision.
+
+    Attributes
+    ----------
+    path : str
+        The ingredient that was tried.
+    own_score : float or None
+    change : float
+        +1 added, −1 dropped, 0 the start of a run.
+    round, run : int
+    score : float
+        Of the candidate.
+    best_before : float or None
+        What it was compared with.
+    accepted, tie : bool
+        Whether it was kept, and whether it equalled the best.
+    size : int
+        Ingredients in the soup after the decision.
+    also : mapping of str to float
+    seconds : float
+    bytes_read : int
+    """
+
+    path: str
+    own_score: float | None
+    change: float
+    round: int
+    run: int
+    score: float
+    best_before: float | None
+    accepted: bool
+    tie: bool
+    size: int
+    also: Mapping[str, float]
+    seconds: float
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyResult:
+    """What a greedy soup came to.
+
+    Attributes
+    ----------
+    path : Path or None
+        Where the soup is, if one was written.
+    members : tuple of Member
+        What was kept, in order of acceptance, with merged weights.
+    score : float
+        Of the soup, on the held-out set.
+    own_scores : dict of path to float
+    ties : list of lists of paths
+        Ingredients whose own scores are equal.
+    trials : tuple of TrialRecord
+    evaluations : int
+        How often the evaluator was called in this process.
+    reads : dict of path to int
+        How often each ingredient was read in this process, beyond its own scoring.
+    bytes_read, bytes_written : int
+    rebuilt : int
+        How often the running sum was made anew from its members.
+    peak_bytes : int
+        What was owned at most, evaluators in this process included.
+    seconds : float
+    """
+
+    path: Path | None
+    members: tuple[Member, ...]
+    score: float
+    own_scores: dict[str, float]
+    ties: list[list[str]]
+    trials: tuple[TrialRecord, ...]
+    evaluations: int
+    reads: dict[str, int]
+    bytes_read: int
+    bytes_written: int
+    rebuilt: int
+    peak_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``decisions.json``."""
+        document = asdict(self)
+        document["path"] = None if self.path is None else str(self.path)
+        return document

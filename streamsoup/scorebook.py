@@ -1,0 +1,101 @@
+"""Scores that were given, on disk as soon as they are: nothing is evaluated twice, whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamsoup.score import Scores
+from streamsoup.sums import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One evaluation.
+
+    Attributes
+    ----------
+    scores : Scores
+    seconds : float
+        Of making and evaluating the candidate.
+    bytes_read : int
+        Of ingredients and sums, for making it.
+    """
+
+    scores: Scores
+    seconds: float
+    bytes_read: int
+
+
+def identity_key(identity: Sequence[Mapping[str, Any]]) -> str:
+    """Hash an ingredient's identity: what it holds, not where it lies or when it was written."""
+    parts = [(s["size_bytes"], s["header_sha256"], s["sampled_blake2b"]) for s in identity]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass
+class ScoreBook:
+    """Scores by what was scored: the ordered list of ingredient identities and weights.
+
+    Parameters
+    ----------
+    path : Path or None
+        A file of JSON lines, appended and synced at each entry; None keeps them in memory.
+    identities : mapping of path to identity key
+    """
+
+    path: Path | None
+    identities: Mapping[str, str]
+    _entries: dict[str, Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        whole = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    entry = Entry(Scores(row["value"], row["also"]), row["seconds"], row["bytes_read"])
+                except (ValueError, KeyError, TypeError):
+                    break  # a torn last line: what it said is evaluated again
+                if not line.endswith(b"\n"):
+                    break
+                self._entries[row["key"]] = entry
+                whole += len(line)
+        os.truncate(self.path, whole)
+
+    def key(self, members: Sequence[Member]) -> str:
+        """Hash of what is scored."""
+        parts = [(self.identities[m.path], m.weight) for m in members]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def find(self, members: Sequence[Member]) -> Entry | None:
+        """Return the score of these members if it is known."""
+        return self._entries.get(self.key(members))
+
+    def enter(self, members: Sequence[Member], entry: Entry) -> None:
+        """Write a score down, durably."""
+        key = self.key(members)
+        self._entries[key] = entry
+        if self.path is None:
+            return
+        row = {
+            "key": key,
+            "members": [[m.path, m.weight] for m in members],
+            "value": entry.scores.value,
+            "also": dict(entry.scores.also),
+            "seconds": entry.seconds,
+            "bytes_read": entry.bytes_read,
+        }
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(fd, json.dumps(row).encode() + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)

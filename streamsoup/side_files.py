@@ -1,0 +1,60 @@
+"""The files that make a folder of weights a soup: manifest, recipe, model card, index, configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamsoup.companions import copy_companions
+from streamsoup.dtypes import parse_float_dtype
+from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
+from streamsoup.plan import Plan
+from streamsoup.recipe import Recipe, recipe_to_yaml
+from streamsoup.workspace import Workspace
+from streamsoup.write import write_durably
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def write_side_files(
+    workspace: Workspace,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    identities: Sequence[Sequence[Mapping[str, Any]]],
+    digests: Sequence[str],
+    device: str,
+    notes: Sequence[str],
+    job_id: str,
+) -> None:
+    """Write all but the weights into a workspace.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    plan : Plan
+        Of the soup from its ingredients.
+    recipe : Recipe
+    identities, digests
+        One for each ingredient.
+    device : str
+    notes : sequence of str
+        What a reader should know.
+    job_id : str
+        Tells this soup from one that stood in its place before.
+    """
+    destination, folder = workspace.destination, workspace.soup
+    manifest = {**build_manifest(plan, recipe, identities, digests, device=device, notes=notes), "id": job_id}
+    prefix = f"{destination.companion_stem}." if destination.is_file else ""
+    ingredients = tuple(replace(i, path=str(Path(i.path).resolve())) for i in recipe.ingredients)
+    write_durably(folder / f"{prefix}{MANIFEST_NAME}", manifest_to_json(manifest))
+    write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(replace(recipe, ingredients=ingredients)))
+    if destination.is_file:
+        return
+    write_durably(folder / "README.md", model_card(plan, recipe, manifest))
+    if plan.layout.index is not None:
+        write_durably(folder / INDEX_NAME, plan.layout.index)
+    if (source := plan.checkpoints[0].folder) is not None:
+        copy_companions(source, folder, dtype=None if recipe.dtype is None else parse_float_dtype(recipe.dtype))
