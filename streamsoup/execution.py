@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamsoup.engine import Progress
+from streamsoup.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class Execution:
     restart: bool = False
     progress: Callable[[Progress], None] | None = None
     on_compile: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise RecipeError(f"{self.workers} threads: at least one is needed.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from streamsoup.errors import CheckpointError, CheckpointNotFoundError, HeaderEr
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_DIM = 2**53
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_LONGEST_MESSAGE = 300  # a hostile header may have names and shapes of megabytes
 _ADVICE = "Export or download the file again."
 
 
@@ -111,6 +112,8 @@ class _Parser:
         self._path = path
 
     def _fail(self, message: str) -> NoReturn:
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]} ..."
         raise HeaderError(f"{self._path}: {message}. {_ADVICE}", path=self._path)
 
     def parse(self, raw: bytes, digest: str) -> Header:

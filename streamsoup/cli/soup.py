@@ -137,11 +137,8 @@ def after_death(args: argparse.Namespace) -> None:
 
 
 def _execution(args: argparse.Namespace, progress: Any) -> Execution:
-    from streamsoup.errors import RecipeError
     from streamsoup.execution import Execution
 
-    if args.threads is not None and args.threads < 1:
-        raise RecipeError(f"--threads {args.threads}: at least one is needed.")
     return Execution(
         budget_bytes=None if args.budget is None else parse_bytes(args.budget),
         device=args.device,

@@ -147,7 +147,7 @@ class RunningSoup:
         name = str(path)
         members = merge(self.members, name, weight)
         if not self.members:
-            return self._candidate_of(members)
+            return self.candidate_of(members)
         exact = self.is_exact and name not in {m.path for m in self.members}
         numbers = Coefficients((1.0, float(weight)), _divisor(members))
         return Candidate(self, members, (self._sum, self.pool.open(name)), numbers, is_exact=exact)
@@ -163,18 +163,15 @@ class RunningSoup:
         if not self.members:
             raise RecipeError("The running soup is empty. Add an ingredient first.")
         if not self.is_exact:
-            return self._candidate_of(self.members)
+            return self.candidate_of(self.members)
         return Candidate(self, self.members, (self._sum,), Coefficients((1.0,), _divisor(self.members)), is_exact=True)
-
-    def reread(self, path: str | Path, weight: float = 1.0) -> Candidate:
-        """Return the soup with one more ingredient, to be made from all its ingredients and not from the sum."""
-        return self._candidate_of(merge(self.members, str(path), weight))
 
     def alone(self, path: str | Path) -> Candidate:
         """Return the soup of one ingredient."""
-        return self._candidate_of((Member(str(path), 1.0),))
+        return self.candidate_of((Member(str(path), 1.0),))
 
-    def _candidate_of(self, members: tuple[Member, ...]) -> Candidate:
+    def candidate_of(self, members: tuple[Member, ...]) -> Candidate:
+        """Return the soup of any members, to be made from them and not from the sum."""
         checkpoints = tuple(self.pool.open(m.path) for m in members)
         numbers = Coefficients(tuple(m.weight for m in members), _divisor(members))
         return Candidate(self, members, checkpoints, numbers, is_exact=True)

@@ -1,0 +1,53 @@
+"""What a greedy soup will need on disk, known before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamsoup.pool import Pool
+
+GENERATIONS = 2
+
+
+def sum_on_disk(pool: Pool, folder: Path | None) -> bool:
+    """Whether the running sum goes to disk: when it takes more than half of the budget."""
+    return folder is not None and pool.sum_bytes > pool.budget_bytes // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Bytes that a greedy soup needs on disk.
+
+    Attributes
+    ----------
+    sums_bytes : int
+        Of all generations of the running sum; 0 if it is in memory.
+    candidate_bytes, output_bytes : int
+    saved_by_float32_bytes, saved_by_one_generation_bytes : int
+        What less would do.
+    """
+
+    sums_bytes: int
+    candidate_bytes: int
+    output_bytes: int
+    saved_by_float32_bytes: int
+    saved_by_one_generation_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """All together."""
+        return self.sums_bytes + self.candidate_bytes + self.output_bytes
+
+    @staticmethod
+    def of(pool: Pool, *, on_disk: bool) -> Forecast:
+        """Forecast for a pool."""
+        sums = GENERATIONS * pool.sum_bytes if on_disk else 0
+        elements = pool.sum_bytes // pool.sum_dtype.itemsize
+        return Forecast(
+            sums_bytes=sums,
+            candidate_bytes=pool.layout.file_bytes,
+            output_bytes=pool.layout.file_bytes,
+            saved_by_float32_bytes=max(0, sums - GENERATIONS * 4 * elements) if on_disk else 0,
+            saved_by_one_generation_bytes=pool.sum_bytes if on_disk else 0,
+        )

@@ -1,0 +1,160 @@
+"""Greedy soups as one call, and as one call to go on after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamsoup.candidate import Candidate
+from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
+from streamsoup.errors import ResumeError
+from streamsoup.forecast import Forecast, sum_on_disk
+from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
+from streamsoup.greedy_loop import GreedyLoop
+from streamsoup.greedy_options import make_job
+from streamsoup.pool import Pool
+from streamsoup.workspace import check_destination, destination_of
+from streamsoup.write import require_space
+
+
+def greedy(
+    ingredients: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    score: Callable[[Candidate], Any] | str,
+    workdir: str | Path | None = None,
+    before_score: Callable[[Candidate], Any] | str | None = None,
+    on_trial: Callable[[TrialRecord], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> GreedyResult:
+    """Make a greedy soup: sort ingredients by held-out score, and keep each one that does not lower the soup's.
+
+    Parameters
+    ----------
+    ingredients : sequence of paths
+        As in `streamsoup.soup`.
+    out : path, optional
+        A new folder for the soup; None: only decide.
+    score : callable taking a Candidate, or str
+        Returns the held-out score: a number, or a mapping with the key `metric`. ``candidate.load_into(module)``
+        streams the candidate straight into a live torch module. A string is a command (see `CommandScore`).
+    workdir : path, optional
+        Keeps scores and sums, so that `streamsoup.resume_greedy` can go on after a crash.
+    before_score : callable taking a Candidate, or str, optional
+        Run on each candidate first: the place for re-estimating BatchNorm statistics.
+    on_trial : callable taking a TrialRecord, optional
+        Called after each decision.
+    progress : callable taking a Progress, optional
+    **options
+        Those of `Rule` (``accept``, ``tolerance``, ``minimize``, ``order``, ``seed``, ``max_ingredients``, ``prune``,
+        ``rounds``, ``restarts``), of `PoolOptions` (``dtype``, ``sums_dtype``, ``budget_bytes``, ``device`` ...), and
+        of `GreedyJob` (``own_scores``, ``metric``, ``also``, ``timeout_seconds``, ``candidates``, ``overwrite``).
+
+    Returns
+    -------
+    GreedyResult
+
+    Raises
+    ------
+    StreamsoupError
+        What was decided so far is kept in `workdir`.
+
+    Notes
+    -----
+    A trial reads the ingredient and the running sum once. Memory: the budget, and whatever the evaluator takes.
+
+    Source: Wortsman et al. 2022, arXiv 2203.05482, Recipe 1.
+    """
+    job = make_job(
+        expand_paths([str(path) for path in ingredients]),
+        None if out is None else str(out),
+        score_command=score if isinstance(score, str) else None,
+        before_command=before_score if isinstance(before_score, str) else None,
+        options=options,
+    )
+    return cook_greedy(
+        job,
+        score=None if isinstance(score, str) else score,
+        before_score=None if isinstance(before_score, str) else before_score,
+        workdir=workdir,
+        on_trial=on_trial,
+        progress=progress,
+    )
+
+
+def cook_greedy(
+    job: GreedyJob,
+    *,
+    score: Callable[[Candidate], Any] | None = None,
+    before_score: Callable[[Candidate], Any] | None = None,
+    workdir: str | Path | None = None,
+    on_trial: Callable[[TrialRecord], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> GreedyResult:
+    """Make the greedy soup of a job. See `streamsoup.greedy` for what it promises.
+
+    Parameters
+    ----------
+    job : GreedyJob
+    score : callable taking a Candidate, optional
+        Instead of the job's command.
+    before_score : callable taking a Candidate, optional
+        Instead of the job's command.
+    workdir : path, optional
+        Keeps scores and sums, so that the work can be resumed. None: nothing is kept on disk.
+    on_trial : callable taking a TrialRecord, optional
+    progress : callable taking a `Progress`, optional
+
+    Raises
+    ------
+    StreamsoupError
+    """
+    folder = None if workdir is None else Path(workdir)
+    pool = Pool(job.ingredients, job.pool, progress)
+    if job.out is not None:
+        check_destination(destination_of(job.out), list(pool.checkpoints.values()), overwrite=job.overwrite)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / JOB_NAME).exists():
+            raise ResumeError(
+                f"{folder}: holds a greedy soup already. Go on with `streamsoup greedy --resume {folder}`, or choose "
+                "another work folder."
+            )
+        require_space(folder, Forecast.of(pool, on_disk=sum_on_disk(pool, folder)).disk_bytes)
+    identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
+    if folder is not None:
+        write_job(folder, job, identities)
+    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial).run()
+
+
+def resume_greedy(
+    workdir: str | Path,
+    *,
+    score: Callable[[Candidate], Any] | None = None,
+    before_score: Callable[[Candidate], Any] | None = None,
+    on_trial: Callable[[TrialRecord], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> GreedyResult:
+    """Go on with a greedy soup whose making was interrupted: the same decisions and the same bits.
+
+    Parameters
+    ----------
+    workdir : path
+    score, before_score, on_trial, progress
+        As in `cook_greedy`; callables must be given again.
+
+    Raises
+    ------
+    ResumeError
+        If there is nothing to resume.
+    ChangedIngredientError
+        If an ingredient is no longer what it was.
+    """
+    folder = Path(workdir)
+    job, identities = read_job(folder)
+    pool = Pool(job.ingredients, job.pool, progress)
+    for path, checkpoint in pool.checkpoints.items():
+        expect_identity(checkpoint, identities[path], what="the greedy soup began")
+    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial).run()

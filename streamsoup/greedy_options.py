@@ -1,0 +1,58 @@
+"""Sorts flat options into the values that a greedy job is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from streamsoup.errors import RecipeError
+from streamsoup.greedy_job import GreedyJob
+from streamsoup.pool import PoolOptions
+from streamsoup.rules import Rule
+from streamsoup.units import parse_bytes
+
+_OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite")
+
+
+def make_job(
+    ingredients: Sequence[str],
+    out: str | None,
+    *,
+    score_command: str | None,
+    before_command: str | None,
+    options: Mapping[str, Any],
+) -> GreedyJob:
+    """Make a job; options that are None keep their defaults.
+
+    Raises
+    ------
+    RecipeError
+        If an option is unknown or makes no sense.
+    """
+    if len(set(ingredients)) < 2:
+        raise RecipeError(f"A greedy soup needs at least two different ingredients; there are {len(set(ingredients))}.")
+    if len(set(ingredients)) < len(ingredients):
+        twice = next(path for path in ingredients if ingredients.count(path) > 1)
+        raise RecipeError(f"{twice}: is named twice. Name it once; with rounds it may enter again.")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("budget_bytes", "shard_bytes"):
+        if name in given:
+            given[name] = parse_bytes(given[name])
+    rule = {f.name: given.pop(f.name) for f in fields(Rule) if f.name in given}
+    pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
+    job = {name: given.pop(name) for name in _OF_JOB if name in given}
+    if given:
+        raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a greedy soup.")
+    if unknown := set(job.get("own_scores", ())) - set(ingredients):
+        raise RecipeError(f"{sorted(unknown)[0]}: has a score, but is not among the ingredients.")
+    job["also"] = tuple(job.get("also", ()))
+    return GreedyJob(
+        tuple(ingredients),
+        out,
+        Rule(**rule),
+        score_command=score_command,
+        before_command=before_command,
+        pool=PoolOptions(**pool),
+        **job,
+    )
