@@ -13,10 +13,11 @@ from streamsoup.checkpoints import Checkpoint
 from streamsoup.companions import copy_companions
 from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.engine import Outcome
+from streamsoup.files import write_durably
 from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan
 from streamsoup.sinks import MemorySink, ModuleSink
-from streamsoup.write import FileSink, Sink, write_durably
+from streamsoup.write import FileSink, Sink
 
 if TYPE_CHECKING:
     import torch

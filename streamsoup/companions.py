@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from streamsoup.dtypes import DType
+from streamsoup.files import write_durably, writing_to
 
 _SUFFIXES = {
     ".json",
@@ -57,8 +57,9 @@ def copy_companions(source: Path, target: Path, *, dtype: DType | None) -> list[
     """
     copied = []
     for name in companion_files(source):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
+        with writing_to(target / name):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
         copied.append(str(name))
     config = target / "config.json"
     if dtype is not None and config.exists():
@@ -75,4 +76,4 @@ def _set_dtype(config: Path, dtype: DType) -> None:
     for key in keys:
         document[key] = dtype.torch_name
     if keys:
-        config.write_text(json.dumps(document, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
+        write_durably(config, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -27,6 +27,7 @@ from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine, Outcome, Progress
 from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult
+from streamsoup.files import require_space
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
@@ -37,7 +38,7 @@ from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_t
 from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
-from streamsoup.write import FileSink, require_space
+from streamsoup.write import FileSink
 
 _log = logging.getLogger(__name__)
 _COMPILE_NOTICE_SECONDS = 1.0
@@ -128,7 +129,9 @@ def soup(
     return cook(recipe, out, execution)
 
 
-def plan_soup(recipe: Recipe, out: str | Path | None, execution: Execution) -> tuple[Plan, str]:
+def plan_soup(
+    recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False
+) -> tuple[Plan, str]:
     """Make the plan of a soup from headers alone, and say how it would be read.
 
     Raises
@@ -150,7 +153,7 @@ def plan_soup(recipe: Recipe, out: str | Path | None, execution: Execution) -> t
         staged=mode == "plain" or execution.device != "cpu",
     )
     if destination is not None:
-        check_destination(destination, checkpoints, overwrite=execution.overwrite)
+        check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
     return plan, mode
 
 
@@ -202,6 +205,14 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
     """
     began = time.perf_counter()
     workspace = Workspace(destination_of(out))
+    workspace.hold()
+    try:
+        return _resume(workspace, execution, nonfinite, began)
+    finally:
+        workspace.release()
+
+
+def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
     job = workspace.read_job()
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
@@ -209,7 +220,7 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
     backend = open_backend(execution.device)
     published = workspace.is_published(job["id"])
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"] or published)
-    plan, mode = plan_soup(recipe, out, execution)
+    plan, mode = plan_soup(recipe, workspace.destination.path, execution, resuming=True)
     cook = _Cook(plan, mode, recipe, workspace, job, backend, execution, began)
     if published:
         workspace.remove()
@@ -329,6 +340,8 @@ def _keep_or_remove(workspace: Workspace, *, keep: bool) -> Iterator[None]:
         else:
             workspace.remove()
         raise
+    finally:
+        workspace.release()
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ from typing import Any
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
 from streamsoup.errors import ResumeError
+from streamsoup.files import require_space
 from streamsoup.forecast import Forecast, sum_on_disk
 from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
 from streamsoup.greedy_loop import GreedyLoop
 from streamsoup.greedy_options import make_job
 from streamsoup.pool import Pool
 from streamsoup.workspace import check_destination, destination_of
-from streamsoup.write import require_space
 
 
 def greedy(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.errors import ResumeError
+from streamsoup.files import write_durably
 from streamsoup.pool import PoolOptions
 from streamsoup.rules import Rule
 from streamsoup.score import CommandScore
 from streamsoup.sums import Member
-from streamsoup.write import write_durably
 
 JOB_NAME = "greedy.json"
 JOB_FORMAT = 1

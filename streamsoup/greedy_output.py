@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
+from streamsoup.files import write_durably
 from streamsoup.greedy_job import GreedyJob, GreedyResult
 from streamsoup.methods import Coefficients
 from streamsoup.recipe import Ingredient, Recipe
 from streamsoup.side_files import write_side_files
 from streamsoup.sums import Member, RunningSoup, merge
 from streamsoup.workspace import Workspace, destination_of
-from streamsoup.write import FileSink, write_durably
+from streamsoup.write import FileSink
 
 
 def publish_soup(
@@ -82,6 +83,7 @@ def publish_soup(
     )
     write_durably(workspace.soup / "decisions.json", json.dumps(result.to_json(), indent=1))
     workspace.publish(overwrite=job.overwrite)
+    workspace.release()
     return workspace.destination.path
 
 

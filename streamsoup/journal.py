@@ -6,7 +6,6 @@ durable, so what a journal says is true even after a power cut; a torn last fram
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import struct
@@ -19,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.errors import ResumeError
+from streamsoup.files import pwrite_all, writing_to
 
 _FRAME = struct.Struct("<II")
 
@@ -51,21 +50,11 @@ class TileRecord:
 
 
 class Journal:
-    """Appends finished tiles to a file that only one process may hold.
-
-    Raises
-    ------
-    ResumeError
-        If another process is at work on it.
-    """
+    """Appends finished tiles to a file. Whoever has the workspace has the journal."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise ResumeError(f"{path.parent}: another process is at work on it. Wait until it ends.") from None
 
     def read(self) -> list[TileRecord]:
         """Return all records, and cut off a torn tail."""
@@ -89,9 +78,9 @@ class Journal:
             return
         payload = _encode(records)
         frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
-        end = os.lseek(self._fd, 0, os.SEEK_END)
-        os.pwrite(self._fd, frame, end)
-        os.fdatasync(self._fd)
+        with writing_to(self._path):
+            pwrite_all(self._fd, memoryview(frame), os.lseek(self._fd, 0, os.SEEK_END))
+            os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Release the file."""

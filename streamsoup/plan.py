@@ -232,6 +232,7 @@ def make_plan(
         sum_itemsize=16 if wide else 8,
         staged=staged,
         largest_elements=int(table.elements.max(initial=0)),
+        groupable=not wide,
     )
     tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
     return Plan(tuple(checkpoints), method, alignment, out_dtypes, layout, needs, budget_bytes, tiling, staged)

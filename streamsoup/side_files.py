@@ -9,11 +9,11 @@ from typing import Any
 
 from streamsoup.companions import copy_companions
 from streamsoup.dtypes import parse_float_dtype
+from streamsoup.files import write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
 from streamsoup.plan import Plan
 from streamsoup.recipe import Recipe, recipe_to_yaml
 from streamsoup.workspace import Workspace
-from streamsoup.write import write_durably
 
 INDEX_NAME = "model.safetensors.index.json"
 

@@ -28,6 +28,9 @@ class TileNeeds:
         Whether ingredients are read into buffers of ours (and not through a map).
     largest_elements : int
         Elements of the largest tensor.
+    groupable : bool
+        Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
+        unscaled, and what overflows or underflows there would be lost.
     """
 
     ingredients: int
@@ -36,6 +39,7 @@ class TileNeeds:
     sum_itemsize: int
     staged: bool
     largest_elements: int
+    groupable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +88,11 @@ def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tilin
         tiling = _fit(needs, min(tile_elements, whole), needs.ingredients, threads)
         if tiling.peak_bytes <= budget_bytes:
             return tiling
-    for tile_elements in (64 * 1024, 16 * 1024, 4 * BLOCK_ELEMENTS):
-        group = needs.ingredients
-        while group > 1:
-            group = -(-group // 2)
-            tiling = _fit(needs, min(tile_elements, whole), group, 1)
-            if tiling.peak_bytes <= budget_bytes:
-                return tiling
-    least = _fit(needs, min(4 * BLOCK_ELEMENTS, whole), 1, 1).peak_bytes
-    if least <= budget_bytes:
-        return _fit(needs, min(4 * BLOCK_ELEMENTS, whole), 1, 1)
-    least = -(-least // MIB) * MIB
+    smallest = [_fit(needs, min(t, whole), g, 1) for t, g in _last_resorts(needs)]
+    for tiling in smallest:
+        if tiling.peak_bytes <= budget_bytes:
+            return tiling
+    least = -(-min(tiling.peak_bytes for tiling in smallest) // MIB) * MIB
     raise BudgetError(
         f"A budget of {format_binary(budget_bytes)} is too small: the least that would do here is "
         f"{format_binary(least)}. Give --budget {format_binary(least).replace(' ', '')}.",
@@ -109,6 +107,16 @@ def _preferences(workers: int) -> list[tuple[int, int]]:
     fewer = [(k * 1024, n) for n in counts for k in (256, 128, 64)]
     small = [(k * 1024, n) for n in counts for k in (32, 16)]
     return large + fewer + small
+
+
+def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
+    """Pairs of tile size and group, best first."""
+    if not needs.groupable:
+        return [(k * BLOCK_ELEMENTS, needs.ingredients) for k in (4, 2, 1)]
+    groups = [needs.ingredients]
+    while groups[-1] > 1:
+        groups.append(-(-groups[-1] // 2))
+    return [(tile, group) for tile in (64 * 1024, 16 * 1024, 4 * BLOCK_ELEMENTS) for group in groups]
 
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ from typing import Any
 
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.manifest import MANIFEST_NAME
-from streamsoup.write import move_file, move_folder, sync_folder, write_durably
+from streamsoup.files import sync_folder, write_durably
+from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
+from streamsoup.write import move_file, move_folder
 
 FILE_SUFFIX = ".safetensors"
 JOB_FORMAT = 1
+_JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "identities"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,12 @@ def destination_of(out: str | Path) -> Destination:
     return Destination(path)
 
 
-def check_destination(destination: Destination, checkpoints: Sequence[Checkpoint], *, overwrite: bool) -> None:
+def check_destination(
+    destination: Destination, checkpoints: Sequence[Checkpoint], *, overwrite: bool, resuming: bool = False
+) -> None:
     """Refuse a destination that exists, or that touches an ingredient.
+
+    When `resuming`, files beside a single file may be those that the interrupted run put there.
 
     Raises
     ------
@@ -68,6 +75,10 @@ def check_destination(destination: Destination, checkpoints: Sequence[Checkpoint
     for checkpoint in checkpoints:
         _refuse_touching(path, checkpoint)
         _refuse_touching(destination.partial, checkpoint)
+    if destination.is_file and not overwrite and not resuming:
+        for name in (MANIFEST_NAME, RECIPE_NAME):
+            if os.path.lexists(beside := path.with_name(f"{destination.companion_stem}.{name}")):
+                raise DestinationError(f"{beside}: exists already. Choose another place, or give --overwrite.")
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -106,6 +117,7 @@ class Workspace:
         self.folder = destination.partial
         self.soup = self.folder / "soup"
         self.journal_path = self.folder / "journal"
+        self._lock: int | None = None
 
     @property
     def exists(self) -> bool:
@@ -120,6 +132,8 @@ class Workspace:
         ResumeError
             If unfinished work lies there.
         """
+        if self.exists and self._is_leftover():
+            self.remove()
         if self.exists:
             raise ResumeError(
                 f"{self.folder}: holds the unfinished work of an earlier run. Go on with "
@@ -129,6 +143,48 @@ class Workspace:
             self.soup.mkdir(parents=True)
         except OSError as error:
             raise DestinationError(f"{self.folder}: cannot be made ({error.strerror}).") from error
+        self.hold()
+
+    def _is_leftover(self) -> bool:
+        """Whether a run died while making or removing the folder: it is ours, and holds no work."""
+        names = {path.name for path in self.folder.iterdir()}
+        return names <= {self.soup.name, self.journal_path.name}
+
+    def hold(self) -> None:
+        """Take the folder for this process, until `release`.
+
+        Raises
+        ------
+        ResumeError
+            If there is no such folder, or another process is at work on it.
+        """
+        if self._lock is not None:
+            return
+        try:
+            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            raise self._nothing_here() from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed or published it just now.
+            held = self.folder.exists() and os.path.samestat(os.fstat(fd), os.stat(self.folder))
+        except OSError:
+            held = False
+        if not held:
+            os.close(fd)
+            raise ResumeError(f"{self.folder}: another process is at work on it. Wait until it ends.")
+        self._lock = fd
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _nothing_here(self) -> ResumeError:
+        return ResumeError(
+            f"{self.destination.path}: there is no unfinished work at {self.folder}. Start without --resume."
+        )
 
     def write_job(self, job: dict[str, Any]) -> None:
         """Write down what is being made."""
@@ -143,15 +199,11 @@ class Workspace:
         """
         try:
             job = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ResumeError(
-                f"{self.destination.path}: there is no unfinished work at {self.folder}. Start without --resume."
-            ) from None
-        except ValueError:
-            job = {}
-        if job.get("job") != JOB_FORMAT:
+        except (OSError, ValueError):
+            job = None
+        if not isinstance(job, dict) or job.get("job") != JOB_FORMAT or not job.keys() >= _JOB_KEYS:
             raise ResumeError(f"{self.folder}: is not readable by this version. Begin anew with --restart.")
-        return dict(job)
+        return job
 
     def is_published(self, job_id: str) -> bool:
         """Whether a run died after the soup took its place, but before the workspace was removed."""
@@ -182,9 +234,21 @@ class Workspace:
         self.remove()
 
     def remove(self) -> None:
-        """Delete the workspace."""
+        """Delete the workspace.
+
+        Raises
+        ------
+        ResumeError
+            If another process is at work on it.
+        """
         if self.exists:
+            self.hold()
+            # What says that there is work goes last: a run that dies in between leaves a folder that says there is none.
+            for path in (self.soup, self.journal_path, self.folder / "job.json"):
+                if os.path.lexists(path):
+                    _remove(path)
             _remove(self.folder)
+        self.release()
 
 
 def _remove(path: Path) -> None:

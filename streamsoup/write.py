@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from streamsoup.errors import DestinationError, DiskSpaceError
+from streamsoup.errors import DestinationError
+from streamsoup.files import pwrite_all, writing_to
 from streamsoup.layout import Layout
 from streamsoup.maps import libc
-from streamsoup.units import format_bytes
 
 _SYNC_FILE_RANGE_WRITE = 2
 _AT_FDCWD = -100
@@ -64,12 +61,12 @@ class FileSink:
         self._fds: list[int] = []
         try:
             for shard in layout.shards:
-                with _foreign_errors(folder / shard.name):
+                with writing_to(folder / shard.name):
                     fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
                     self._fds.append(fd)
                     if not existing or os.fstat(fd).st_size != shard.file_bytes:
                         os.posix_fallocate(fd, 0, shard.file_bytes)
-                        _pwrite(fd, memoryview(shard.head), 0)
+                        pwrite_all(fd, memoryview(shard.head), 0)
         except BaseException:
             self.close()
             raise
@@ -77,8 +74,8 @@ class FileSink:
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`."""
         shard = int(self._shard_of[tensor])
-        with _foreign_errors(self._layout.shards[shard].name):
-            _pwrite(self._fds[shard], buffer, int(self._begins[tensor]) + offset)
+        with writing_to(self._layout.shards[shard].name):
+            pwrite_all(self._fds[shard], buffer, int(self._begins[tensor]) + offset)
 
     def start_sync(self) -> None:
         """See `Sink`."""
@@ -88,7 +85,7 @@ class FileSink:
     def sync(self) -> None:
         """See `Sink`."""
         for fd, shard in zip(self._fds, self._layout.shards, strict=True) if self._durable else ():
-            with _foreign_errors(shard.name):
+            with writing_to(shard.name):
                 os.fsync(fd)
 
     def close(self) -> None:
@@ -105,45 +102,6 @@ class FileSink:
         self.close()
 
 
-def _pwrite(fd: int, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):  # one call moves at most 0x7ffff000 bytes
-        done += os.pwrite(fd, buffer[done:], offset + done)
-
-
-@contextlib.contextmanager
-def _foreign_errors(path: Path | str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskSpaceError(f"{path}: the disk is full. Make room, then resume.") from error
-        raise DestinationError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-def write_durably(path: Path, text: str | bytes) -> None:
-    """Write a small file under a temporary name, sync it, and put it in its place."""
-    temporary = path.with_name(f".{path.name}.new")
-    raw = text if isinstance(text, bytes) else text.encode()
-    with _foreign_errors(path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            _pwrite(fd, memoryview(raw), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def move_file(source: Path, destination: Path, *, overwrite: bool) -> None:
     """Rename a finished file to its destination, atomically.
 
@@ -153,7 +111,7 @@ def move_file(source: Path, destination: Path, *, overwrite: bool) -> None:
         If the destination exists and may not be overwritten.
     """
     if overwrite:
-        with _foreign_errors(destination):
+        with writing_to(destination):
             os.replace(source, destination)
     else:
         _move_new(source, destination)
@@ -181,9 +139,13 @@ def move_folder(source: Path, destination: Path, *, overwrite: bool) -> Path | N
     if _renameat2(source, destination, _RENAME_EXCHANGE):
         return source
     aside = destination.with_name(f"{destination.name}.old-{os.getpid()}")
-    with _foreign_errors(destination):
+    with writing_to(destination):
         os.rename(destination, aside)
-        os.rename(source, destination)
+        try:
+            os.rename(source, destination)
+        except OSError:
+            os.rename(aside, destination)
+            raise
     return aside
 
 
@@ -192,7 +154,7 @@ def _move_new(source: Path, destination: Path) -> None:
         return
     if os.path.lexists(destination):
         raise DestinationError(f"{destination}: appeared while the soup was made. Move it away, then resume.")
-    with _foreign_errors(destination):
+    with writing_to(destination):
         os.rename(source, destination)
 
 
@@ -202,19 +164,3 @@ def _renameat2(source: Path, destination: Path, flags: int) -> bool:
     except AttributeError:
         return False
     return bool(function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags) == 0)
-
-
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Check that a file system has room.
-
-    Raises
-    ------
-    DiskSpaceError
-    """
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed_bytes:
-        raise DiskSpaceError(
-            f"{folder}: {format_bytes(needed_bytes)} are needed, {format_bytes(free)} are free. "
-            "Make room or choose another disk."
-        )

@@ -179,7 +179,8 @@ def any_bits(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> np.n
     kind = DTYPES[dtype]
     count = int(np.prod(shape, dtype=np.int64))
     raw = rng.integers(0, 256, count * kind.itemsize, dtype=np.uint8).view(kind).copy()
-    raw[~np.isfinite(raw.astype(np.float64))] = 0
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        raw[~np.isfinite(raw.astype(np.float64))] = 0
     return raw.reshape(shape)
 
 

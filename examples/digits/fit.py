@@ -53,7 +53,7 @@ def draw_pool(seed: int, runs: int, *, from_scratch: bool = False) -> list[Hyper
             weight_decay=float(f"{10 ** draw.uniform(-4, -1):.3g}"),
             label_smoothing=float(draw.choice([0.0, 0.05, 0.1, 0.2])),
             mixup=float(draw.choice([0.0, 0.0, 0.2, 0.4])),
-            augmentation=float(draw.choice([0.0, 0.5, 1.0])),
+            augmentation=float(draw.choice([0.5, 0.75, 1.0])),
             batch_size=32,
         )
         for number in range(runs)

@@ -52,6 +52,7 @@ class CpuSlot:
         self._partial = np.empty(tile * (16 if wide else 8), np.uint8) if grouped else None
         self._digests = np.zeros(ingredients, np.uint64)
         self._nonfinite = np.zeros(ingredients, np.int64)
+        self._overflowed = 0
 
     def staging(self, index: int, nbytes: int) -> memoryview | None:
         """See `Slot`."""
@@ -70,8 +71,10 @@ class CpuSlot:
         if first == 0:
             self._digests[:] = 0
             self._nonfinite[:] = 0
+            self._overflowed = 0
         group = _Group.of(blend, addresses, first, self._partial if first else None)
-        overflowed = group.combine(
+        # An element that overflowed in an earlier group is not counted again: its partial sum is no longer finite.
+        self._overflowed += group.combine(
             blend,
             elements,
             first_block,
@@ -83,7 +86,7 @@ class CpuSlot:
         if not last:
             return None
         output = self.output(elements * blend.out_itemsize)
-        return Done(Combined(output, self._digests, self._nonfinite, overflowed))
+        return Done(Combined(output, self._digests, self._nonfinite, self._overflowed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class _Group:
             overflowed = kernels.combine(self.sources, self.codes, self.weights, divisor[0], *place)
         digests += found_digests[self.carried :]
         nonfinite += found_nonfinite[self.carried :]
-        return int(overflowed) if last else 0
+        return int(overflowed)
 
 
 class CpuBackend:

@@ -49,6 +49,7 @@ class TorchSlot:
         self._staging = [torch.empty(stride, dtype=torch.uint8, pin_memory=pinned) for _ in range(tiling.group)]
         self._output = torch.empty(tiling.tile_elements * out_itemsize, dtype=torch.uint8, pin_memory=pinned)
         self._partial: torch.Tensor | None = None
+        self._overflowed = 0
         self.digests = np.zeros(ingredients, np.uint64)
         self.nonfinite = np.zeros(ingredients, np.int64)
 
@@ -71,6 +72,7 @@ class TorchSlot:
         if first == 0:
             self.digests[:] = 0
             self.nonfinite[:] = 0
+            self._overflowed = 0
         sources = [
             self._staging[i][: elements * blend.itemsizes[first + i]].to(self._device, non_blocking=True)
             for i in range(len(addresses))
@@ -91,18 +93,20 @@ class TorchSlot:
             sources,
             kinds,
             weights,
-            divisor if blend.wide else divisor[0],
+            *(divisor if blend.wide else divisor[:1]),
             first_block,
             blend.out_code if last else partial_code,
             [False] * carried + blend.hashed[first:stop].astype(bool).tolist(),
         )
         self.digests[first:stop] += digests.cpu().numpy().view(np.uint64)[carried:]
         self.nonfinite[first:stop] += nonfinite.cpu().numpy()[carried:]
+        # An element that overflowed in an earlier group is not counted again: its partial sum is no longer finite.
+        self._overflowed += int(overflowed)
         if not last:
             self._partial = output
             return None
         self._partial = None
-        return TorchToken(self, output, int(overflowed))
+        return TorchToken(self, output, self._overflowed)
 
 
 class TorchBackend:

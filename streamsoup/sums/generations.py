@@ -31,9 +31,10 @@ from streamsoup.backends.protocol import Backend
 from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DType
 from streamsoup.errors import IngredientReadError
+from streamsoup.files import write_durably
 from streamsoup.read import OpenFiles, Source
 from streamsoup.tiling import BLOCK_ELEMENTS
-from streamsoup.write import Sink, write_durably
+from streamsoup.write import Sink
 
 CHUNK_BYTES = 8 << 20  # 4 to 16 MiB did best; tiles are at most one chunk
 _KEPT_GENERATIONS = 2

@@ -1,0 +1,74 @@
+"""Files of ours, written whole and durably, with the system's errors put into our words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamsoup.errors import DestinationError, DiskSpaceError
+from streamsoup.units import format_bytes
+
+
+@contextlib.contextmanager
+def writing_to(path: Path | str) -> Iterator[None]:
+    """Put errors of the system in the block into words about the file that is written.
+
+    Raises
+    ------
+    DiskSpaceError, DestinationError
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(f"{path}: the disk is full. Make room, then resume.") from error
+        raise DestinationError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def pwrite_all(fd: int, buffer: memoryview, offset: int) -> None:
+    """Write all of a buffer at an offset."""
+    done = 0
+    while done < len(buffer):  # one call moves at most 0x7ffff000 bytes
+        done += os.pwrite(fd, buffer[done:], offset + done)
+
+
+def write_durably(path: Path, text: str | bytes) -> None:
+    """Write a small file under a temporary name, sync it, and put it in its place."""
+    temporary = path.with_name(f".{path.name}.new")
+    raw = text if isinstance(text, bytes) else text.encode()
+    with writing_to(path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            pwrite_all(fd, memoryview(raw), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Check that a file system has room.
+
+    Raises
+    ------
+    DiskSpaceError
+    """
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    if free < needed_bytes:
+        raise DiskSpaceError(
+            f"{folder}: {format_bytes(needed_bytes)} are needed, {format_bytes(free)} are free. "
+            "Make room or choose another disk."
+        )
