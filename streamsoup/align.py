@@ -62,7 +62,8 @@ def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDA
     mine, theirs = first.table, other.table
     if mine is theirs or (mine.same_layout(theirs) and _same_kinds(mine, theirs)):
         return None
-    positions = [theirs.by_name.get(name, -1) for name in mine.names]
+    found_at = theirs.positions()
+    positions = [found_at.get(name, -1) for name in mine.names]
     _report_names(first, other, positions, problems)
     for position, found in enumerate(positions):
         if found < 0:
@@ -91,7 +92,8 @@ def _same_kinds(mine: TensorTable, theirs: TensorTable) -> bool:
 def _report_names(first: Checkpoint, other: Checkpoint, positions: list[int], problems: list[str]) -> None:
     names = first.table.names
     missing = [names[i] for i, found in enumerate(positions) if found < 0]
-    extra = [name for name in other.table.names if name not in first.table.by_name]
+    known = set(names)
+    extra = [name for name in other.table.names if name not in known]
     for which, has, lacks in ((missing, first, other), (extra, other, first)):
         if which:
             more = f" (and {len(which) - 1} more)" if len(which) > 1 else ""

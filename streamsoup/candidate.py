@@ -131,11 +131,12 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
         self._plan = candidate.plan
+        self._positions = self._plan.table.positions()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         import torch
 
-        tensor = self._plan.table.by_name[name]
+        tensor = self._positions[name]
         dtype = getattr(torch, self._plan.out_dtype(tensor).torch_name)
         raw = self._candidate.tensor_bytes(tensor)
         return torch.from_numpy(raw).view(dtype).reshape(self._plan.table.shape(tensor))

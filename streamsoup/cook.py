@@ -34,7 +34,7 @@ from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import choose_mode, open_sources
-from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping
+from streamsoup.recipe import Recipe, make_recipe, read_recipe, recipe_from_mapping, recipe_to_mapping
 from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
@@ -213,12 +213,16 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
 
 
 def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
-    job = workspace.read_job()
+    done = workspace.is_leftover and workspace.recipe_path.exists()
+    if done:  # it died between putting the soup in place and removing the last of the workspace
+        job: dict[str, Any] = {"id": "", "overwrite": True, "recipe": recipe_to_mapping(read_recipe(workspace.recipe_path))}
+    else:
+        job = workspace.read_job()
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
         recipe = replace(recipe, nonfinite=nonfinite)
     backend = open_backend(execution.device)
-    published = workspace.is_published(job["id"])
+    published = done or workspace.is_published(job["id"])
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"] or published)
     plan, mode = plan_soup(recipe, workspace.destination.path, execution, resuming=True)
     cook = _Cook(plan, mode, recipe, workspace, job, backend, execution, began)

@@ -63,8 +63,7 @@ class ModuleSink:
         state = module.state_dict(keep_vars=True)
         table = plan.table
         problems = []
-        for name in table.names:
-            position = table.by_name[name]
+        for position, name in enumerate(table.names):
             if name not in state:
                 if strict:
                     problems.append(f"{name}: in the soup, but not in the module. Give strict=False to leave it out.")
@@ -75,11 +74,12 @@ class ModuleSink:
             elif not state[name].is_contiguous():
                 problems.append(f"{name}: is not contiguous in the module. Make it so before loading.")
         if strict:
+            known = set(table.names)
             here = {state[name].data_ptr() for name in table.names if name in state}
             problems += [
                 f"{name}: in the module, but not in the soup. Give strict=False to leave it as it is."
                 for name, tensor in state.items()
-                if name not in table.by_name and tensor.data_ptr() not in here
+                if name not in known and tensor.data_ptr() not in here
             ]
         if problems:
             raise MismatchError(problems)

@@ -132,7 +132,7 @@ class Workspace:
         ResumeError
             If unfinished work lies there.
         """
-        if self.exists and self._is_leftover():
+        if self.is_leftover:
             self.remove()
         if self.exists:
             raise ResumeError(
@@ -145,10 +145,21 @@ class Workspace:
             raise DestinationError(f"{self.folder}: cannot be made ({error.strerror}).") from error
         self.hold()
 
-    def _is_leftover(self) -> bool:
+    @property
+    def is_leftover(self) -> bool:
         """Whether a run died while making or removing the folder: it is ours, and holds no work."""
+        if not self.exists:
+            return False
         names = {path.name for path in self.folder.iterdir()}
         return names <= {self.soup.name, self.journal_path.name}
+
+    @property
+    def recipe_path(self) -> Path:
+        """Where a published soup's recipe is."""
+        path = self.destination.path
+        if self.destination.is_file:
+            return path.with_name(f"{self.destination.companion_stem}.{RECIPE_NAME}")
+        return path / RECIPE_NAME
 
     def hold(self) -> None:
         """Take the folder for this process, until `release`.
@@ -243,7 +254,7 @@ class Workspace:
         """
         if self.exists:
             self.hold()
-            # What says that there is work goes last: a run that dies in between leaves a folder that says there is none.
+            # What says that there is work goes last: a run that dies in between leaves a folder without any.
             for path in (self.soup, self.journal_path, self.folder / "job.json"):
                 if os.path.lexists(path):
                     _remove(path)

@@ -69,7 +69,9 @@ def plan_for(
         workers=workers,
         staged=staged,
     )
-    tile, group = tile_blocks * BLOCK_ELEMENTS, min(group or len(paths), len(paths))
+    # Double-double sums never go in groups: see `TileNeeds`.
+    group = min(group, len(paths)) if group and plan.needs.groupable else len(paths)
+    tile = tile_blocks * BLOCK_ELEMENTS
     tiling = Tiling(workers, tile, group, slot_bytes(plan.needs, tile, group))
     return dataclasses.replace(plan, tiling=tiling)
 

@@ -60,7 +60,7 @@ def test_a_cpu_soup_does_not_import_torch_or_zarr(tmp_path):
     script = (
         "import sys, streamsoup\n"
         f"streamsoup.soup({runs!r}, {str(tmp_path / 'soup')!r})\n"
-        "sys.exit(' '.join(m for m in ('torch', 'zarr', 'transformers') if m in sys.modules))"
+        "sys.exit(' '.join(m for m in ('torch', 'zarr', 'transformers') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -188,11 +188,34 @@ def test_piped_output_has_no_control_characters(cli, tmp_path):
     assert "\r" not in done.stdout + done.stderr
 
 
-def test_a_first_run_says_that_it_compiles(cli, tmp_path):
+@pytest.mark.slow
+def test_a_first_run_really_says_that_it_compiles(cli, tmp_path):
     fine_tunes(tmp_path, 2)
     done = cli("soup", "run1", "run2", "-o", "soup", env={"NUMBA_CACHE_DIR": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     assert "Compiling" in done.stderr
+
+
+def test_a_run_that_must_compile_says_so(tmp_path, monkeypatch, capsys):
+    import threading
+
+    from streamsoup.backends.cpu import CpuBackend
+    from streamsoup.cli.progress import LineProgress
+
+    said = threading.Event()
+    progress = LineProgress()
+    monkeypatch.setattr("streamsoup.cook._COMPILE_NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(CpuBackend, "prepare", lambda *_, **__: said.wait(30))
+
+    def compiling():
+        progress.compiling()
+        said.set()
+
+    from streamsoup.cook import cook
+    from streamsoup.recipe import make_recipe
+
+    cook(make_recipe(fine_tunes(tmp_path, 2)), tmp_path / "soup", streamsoup.Execution(on_compile=compiling))
+    assert "Compiling" in capsys.readouterr().err
 
 
 def test_warn_prints_its_notes(cli, tmp_path):
@@ -256,7 +279,7 @@ def test_wrong_usage_exits_2(cli, arguments):
         (["soup", "run1", "-o", "soup", "--budget", "lots"], ["lots"]),
         (["soup", "run1", "-o", "soup", "--budget", "9kB"], ["too small"]),
         (["soup", "run1", "-o", "soup", "--shard-size", "-1"], ["-1"]),
-        (["soup", "run1", "-o", "soup", "--threads", "0"], ["--threads"]),
+        (["soup", "run1", "-o", "soup", "--threads", "0"], ["threads"]),
         (["soup", "run1", "-o", "soup", "--device", "gpu"], ["gpu"]),
         (["soup", "run1", "--recipe", "r.yaml", "-o", "soup"], ["not both"]),
         (["soup", "--recipe", "missing.yaml", "-o", "soup"], ["missing.yaml"]),
@@ -267,7 +290,7 @@ def test_wrong_usage_exits_2(cli, arguments):
         (["soup", "hostile", "-o", "soup"], ["hostile", "UTF-8"]),
         (["inspect", "nope"], ["nope"]),
         (["inspect", "hostile"], ["UTF-8"]),
-        (["soup", "run1", "-o", "/proc/soup"], ["/proc/soup"]),
+        (["soup", "run1", "-o", "/proc/soup"], ["/proc"]),
     ],
 )
 def test_an_error_is_one_sentence_on_standard_error_and_leaves_nothing(cli, tmp_path, arguments, parts):

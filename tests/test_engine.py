@@ -17,7 +17,7 @@ from simmer import MemorySink, plan_for, simmer
 
 from streamsoup.backends import open_backend
 from streamsoup.engine import Engine, Progress
-from streamsoup.errors import IngredientReadError
+from streamsoup.errors import DiskSpaceError, IngredientReadError
 from streamsoup.read import MappedSource
 from streamsoup.tiling import BLOCK_ELEMENTS
 
@@ -407,6 +407,34 @@ def test_only_the_tiles_that_are_asked_for_are_done(tmp_path):
     done = {0: [(2 * BLOCK_ELEMENTS, 2 * BLOCK_ELEMENTS)]}
     ranges = [(t.start // BLOCK_ELEMENTS, t.elements // BLOCK_ELEMENTS) for t in plan.tiles(averaged=True, done=done)]
     assert ranges == [(0, 2), (4, 1)]
+
+
+def test_after_a_sync_has_failed_nothing_more_is_committed(tmp_path):
+    """The kernel reports a failed write-back once: a second sync may succeed though bytes of the first are lost."""
+    plan = plan_for(write_all(tmp_path, [realistic(i, {"w": (100_000,)}) for i in range(2)]), tile_blocks=1)
+    committed = []
+    engine = _engine(plan, commit=committed.extend)
+    calls = [0]
+
+    def sync():
+        calls[0] += 1
+        if calls[0] == 1:
+            raise DiskSpaceError("full")
+
+    engine._sink.sync = sync
+    engine._keep_syncing = lambda: _sync_once(engine)
+    with pytest.raises(DiskSpaceError):
+        engine.run(plan.tiles(averaged=True))
+    assert committed == []
+
+
+def _sync_once(engine):
+    while not engine._finished and not engine._idle.is_set():
+        pass
+    try:
+        engine._commit_finished()
+    except DiskSpaceError as error:
+        engine._fail(error)
 
 
 class _Failing:

@@ -46,7 +46,9 @@ class Header:
     sha256: str
 
 
-def read_header(path: str, cache: MutableMapping[str, Header] | None = None) -> tuple[Header, os.stat_result]:
+def read_header(
+    path: str, cache: MutableMapping[str, Header] | None = None, names: MutableMapping[str, str] | None = None
+) -> tuple[Header, os.stat_result]:
     """Read the header of a file, and the stat taken while it was open.
 
     Parameters
@@ -55,6 +57,8 @@ def read_header(path: str, cache: MutableMapping[str, Header] | None = None) -> 
     cache : mutable mapping, optional
         Headers by digest. Fine-tunes of one network mostly have equal headers: those are parsed once and their
         tables shared.
+    names : mutable mapping, optional
+        Changed. Where headers differ, equal names are still kept once.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def read_header(path: str, cache: MutableMapping[str, Header] | None = None) -> 
     digest = hashlib.sha256(raw).hexdigest()
     header = cache.get(digest) if cache is not None else None
     if header is None:
-        header = _Parser(path).parse(raw, digest)
+        header = _Parser(path, {} if names is None else names).parse(raw, digest)
         if cache is not None:
             cache[digest] = header
     end = header.data_start + header.data_bytes
@@ -108,8 +112,9 @@ def _read_raw(fd: int, path: str, file_bytes: int) -> bytes:
 class _Parser:
     """Checks one header; holds the path for the messages."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, names: MutableMapping[str, str]) -> None:
         self._path = path
+        self._names = names
 
     def _fail(self, message: str) -> NoReturn:
         if len(message) > _LONGEST_MESSAGE:
@@ -121,7 +126,12 @@ class _Parser:
         metadata = document.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             self._fail("__metadata__ is not a mapping of strings to strings")
-        entries = [(name, *self._entry(name, entry)) for name, entry in document.items()]
+        try:
+            "".join(document).encode()
+        except UnicodeEncodeError:
+            self._fail("a tensor name is not valid Unicode (a lone surrogate)")
+        shared = self._names.setdefault
+        entries = [(shared(name, name), *self._entry(name, entry)) for name, entry in document.items()]
         entries.sort(key=lambda e: (e[3], e[4]))
         end = self._check_contiguous(entries)
         data_start = 8 + len(raw)

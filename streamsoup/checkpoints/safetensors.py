@@ -30,9 +30,10 @@ class SafetensorsCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What was parsed before: headers by digest, and joined tables by the digests of all their shards."""
+    """What was parsed before: headers by digest, names, and joined tables by the digests of all their shards."""
 
     headers: dict[str, Header] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     tables: dict[tuple[str, ...], TensorTable] = field(default_factory=dict)
 
 
@@ -60,7 +61,7 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> SafetensorsChec
     parsed = Parsed() if parsed is None else parsed
     shards, tables, metadata = [], [], None
     for file in files:
-        header, stat = read_header(file, parsed.headers)
+        header, stat = read_header(file, parsed.headers, parsed.names)
         shards.append(Shard(file, stat.st_size, stat.st_mtime_ns, stat.st_ino, header.sha256))
         tables.append(header.table)
         metadata = header.metadata if metadata is None else metadata

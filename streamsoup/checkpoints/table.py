@@ -69,9 +69,8 @@ class TensorTable:
         sizes = np.array([d.itemsize for d in DTYPES], np.int64)
         return self.elements * sizes[self.dtypes]
 
-    @cached_property
-    def by_name(self) -> dict[str, int]:
-        """Position of each name."""
+    def positions(self) -> dict[str, int]:
+        """Map names to positions; made anew at each call, since a dict takes more than all else together."""
         return {name: i for i, name in enumerate(self.names)}
 
     @property
