@@ -189,6 +189,4 @@ SHAPES = {"embed.weight": (61, 33), "layer.0.weight": (48, 70), "layer.0.bias": 
 
 def fine_tunes(folder: Path, count: int, *, dtype: str = "BF16", **options: Any) -> list[str]:
     """Write `run1` .. `runN`, alike but for their numbers, and return their paths."""
-    return [
-        str(write_checkpoint(folder / f"run{i + 1}", realistic(i, SHAPES, dtype), **options)) for i in range(count)
-    ]
+    return [str(write_checkpoint(folder / f"run{i + 1}", realistic(i, SHAPES, dtype), **options)) for i in range(count)]

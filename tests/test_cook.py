@@ -396,9 +396,7 @@ def test_content_digest_changes_with_any_byte_name_shape_or_dtype(tmp_path):
     swapped = {k: v.copy() for k, v in tensors.items()}
     swapped["b"][:2048], swapped["b"][2048:4096] = tensors["b"][2048:4096], tensors["b"][:2048]
     variants.append(swapped)
-    found = {
-        digests(tmp_path, [write_checkpoint(tmp_path / f"r{i}", v)], f"s{i}")[0] for i, v in enumerate(variants)
-    }
+    found = {digests(tmp_path, [write_checkpoint(tmp_path / f"r{i}", v)], f"s{i}")[0] for i, v in enumerate(variants)}
     assert len(found) == len(variants)
 
 
@@ -476,9 +474,7 @@ def test_the_least_budget_named_in_a_refusal_does(tmp_path):
     for mode in ("map", "plain"):
         with pytest.raises(BudgetError) as caught:
             streamsoup.soup(runs, tmp_path / "soup", budget_bytes=1, read_mode=mode)
-        result = streamsoup.soup(
-            runs, tmp_path / f"soup-{mode}", budget_bytes=caught.value.least_bytes, read_mode=mode
-        )
+        result = streamsoup.soup(runs, tmp_path / f"soup-{mode}", budget_bytes=caught.value.least_bytes, read_mode=mode)
         assert result.projected_peak_bytes <= caught.value.least_bytes
 
 

@@ -102,7 +102,7 @@ def assert_whole_or_absent(out: Path, *allowed: dict[str, bytes]) -> bool:
 def finish(runs: list[str], out: Path) -> None:
     """Do what a person would do: resume, or begin again where nothing had been begun or all was done."""
     partial = out.with_name(f"{out.name}.partial")
-    if (partial / "job.json").exists():
+    if partial.exists() and ((partial / "job.json").exists() or out.exists()):
         streamsoup.resume(out, streamsoup.Execution(workers=2))
     elif partial.exists() or not out.exists():
         streamsoup.soup(runs, out, restart=True, **OPTIONS)
@@ -367,7 +367,9 @@ def test_a_disk_too_full_to_reserve_the_output_is_a_sentence(tmp_path, monkeypat
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "fdatasync"])
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
-def test_a_disk_that_fills_up_anywhere_is_a_sentence_and_the_work_can_go_on(kitchen, tmp_path, monkeypatch, call, after):
+def test_a_disk_that_fills_up_anywhere_is_a_sentence_and_the_work_can_go_on(
+    kitchen, tmp_path, monkeypatch, call, after
+):
     runs, bits = kitchen
     real, left = getattr(os, call), [after]
 

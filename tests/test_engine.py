@@ -266,9 +266,7 @@ def test_float64_sums_that_overflow_have_the_exact_mean_whatever_the_groups(tmp_
 @pytest.mark.parametrize("group", [1, 2, 10])
 def test_exponents_far_apart_stay_within_the_bound(tmp_path, device, group):
     rng = np.random.default_rng(0)
-    values = [
-        (rng.standard_normal(200) * 2.0 ** rng.integers(-60, 60, 200)).astype(DTYPES["BF16"]) for _ in range(10)
-    ]
+    values = [(rng.standard_normal(200) * 2.0 ** rng.integers(-60, 60, 200)).astype(DTYPES["BF16"]) for _ in range(10)]
     weights = rng.random(10).tolist()
     paths = scalars(tmp_path, values)
     for out in NATIVE:
@@ -333,9 +331,7 @@ def test_every_nonfinite_element_is_counted_for_its_ingredient(tmp_path, device,
     tensors[1]["a"][[0, 17, 4999]] = np.nan
     tensors[3]["a"][17] = np.nan
     tensors[4]["b"][2] = -np.inf if np.isinf(np.array([np.inf]).astype(kind).astype(np.float64))[0] else np.nan
-    soup, outcome = simmer(
-        write_all(tmp_path, tensors), device=device, read_mode=read_mode, group=group, tile_blocks=1
-    )
+    soup, outcome = simmer(write_all(tmp_path, tensors), device=device, read_mode=read_mode, group=group, tile_blocks=1)
     assert outcome.nonfinite == {(1, 0): 3, (3, 0): 1, (4, 1): 1}
     assert outcome.overflowed == {}
     assert np.flatnonzero(~np.isfinite(soup["a"].astype(np.float64))).tolist() == [0, 17, 4999]

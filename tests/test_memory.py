@@ -100,7 +100,7 @@ def measure_planning(folder: Path, *, ingredients: int, tensors: int, alike: boo
     paths = []
     for k in range(ingredients):
         order = names if alike or k == 0 else [names[i] for i in rng.permutation(tensors)]
-        path = write_sparse(folder / f"r{k}.safetensors", {n: ("BF16", (2, 3)) for n in order})
+        path = write_sparse(folder / f"r{k}.safetensors", dict.fromkeys(order, ("BF16", (2, 3))))
         paths.append(str(path))
     write_checkpoint(folder / "warm", {"w": np.zeros(1, np.float32)})
     open_checkpoints([str(folder / "warm")])

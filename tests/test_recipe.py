@@ -59,9 +59,7 @@ def test_all_keys_are_read(tmp_path):
         "streamsoup: 1\ningredients:\n- {path: /a, weight: -2}\n- {path: /b}\nnormalize: false\ndtype: bf16\n"
         "shard_bytes: 2GB\nbuffers: first\nnonfinite: warn\n",
     )
-    assert recipe == Recipe(
-        (Ingredient("/a", -2.0), Ingredient("/b")), False, "bfloat16", 2 * 10**9, "first", "warn"
-    )
+    assert recipe == Recipe((Ingredient("/a", -2.0), Ingredient("/b")), False, "bfloat16", 2 * 10**9, "first", "warn")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_the_message_names_budget_and_least_in_words_that_work():
 def test_when_n_tiles_do_not_fit_tiles_shrink_first_and_groups_come_last():
     needs = TileNeeds(512, 2, 2, 8, True, 10**9)
     sizes = [choose_tiling(needs, budget_bytes=b * MIB, workers=2) for b in (4096, 512, 128, 48, 24, 16)]
-    assert [t.tile_elements * t.group for t in sizes] == sorted((t.tile_elements * t.group for t in sizes), reverse=True)
+    assert [t.tile_elements * t.group for t in sizes] == sorted(
+        (t.tile_elements * t.group for t in sizes), reverse=True
+    )
     assert sizes[0].group == needs.ingredients
     assert sizes[-1].group < needs.ingredients
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
@@ -314,9 +315,18 @@ def test_unreadable_unfinished_work_is_a_sentence(tmp_path, runs, monkeypatch, j
         streamsoup.resume(tmp_path / "soup", RESUME)
 
 
+@contextlib.contextmanager
+def at_work_on(out):
+    """Be the other process."""
+    workspace = Workspace(destination_of(out))
+    workspace.hold()
+    yield
+    workspace.release()
+
+
 def test_another_run_at_work_on_the_same_place_is_refused(tmp_path, runs, monkeypatch):
     interrupt(monkeypatch, runs, tmp_path / "soup")
-    with Journal(Workspace(destination_of(tmp_path / "soup")).journal_path):
+    with at_work_on(tmp_path / "soup"):
         with pytest.raises(ResumeError, match="another process"):
             streamsoup.resume(tmp_path / "soup", RESUME)
         assert (tmp_path / "soup.partial" / "job.json").exists(), "the other process still needs it"
@@ -326,7 +336,7 @@ def test_another_run_at_work_on_the_same_place_is_refused(tmp_path, runs, monkey
 @pytest.mark.parametrize("action", ["resume with no keep", "restart"])
 def test_the_work_of_a_running_process_is_never_removed(tmp_path, runs, monkeypatch, action):
     interrupt(monkeypatch, runs, tmp_path / "soup")
-    with Journal(Workspace(destination_of(tmp_path / "soup")).journal_path), pytest.raises(ResumeError):
+    with at_work_on(tmp_path / "soup"), pytest.raises(ResumeError):
         if action == "restart":
             streamsoup.soup(runs, tmp_path / "soup", restart=True)
         else:

@@ -24,11 +24,13 @@ COLUMNS = ("learning_rate", "weight_decay", "label_smoothing", "mixup", "augment
 HEADINGS = ("lr", "decay", "smooth", "mixup", "augment", "epochs")
 
 
-def make_soup(folders: list[Path], soup: Path) -> None:
+def make_soup(folders: list[Path], soup: Path, *, norm: str) -> None:
     """Average the folders with the command line of streamsoup; a soup that is there is kept."""
     if soup.exists():
         return
     command = [sys.executable, "-m", "streamsoup", "soup", *map(str, folders), "-o", str(soup)]
+    if norm == "batch":
+        command += ["--buffers", "first"]  # the runs differ in num_batches_tracked, which evaluation never reads
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code)
@@ -65,7 +67,7 @@ def main() -> None:
     folders = train_pool(out, **keywords)
     trained = time.perf_counter()
     soup = out / f"soup-of-{len(folders)}"
-    make_soup(folders, soup)
+    make_soup(folders, soup, norm=options.norm)
     cooked = time.perf_counter()
 
     splits = {split: load_split(split) for split in SPLITS}
