@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamsoup._version import __version__
 
 if TYPE_CHECKING:
+    from streamsoup.candidate import Candidate as Candidate
     from streamsoup.cook import plan_soup as plan_soup
     from streamsoup.cook import resume as resume
     from streamsoup.cook import soup as soup
@@ -21,20 +22,29 @@ if TYPE_CHECKING:
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.execution import Execution as Execution
     from streamsoup.execution import SoupResult as SoupResult
+    from streamsoup.greedy_cook import greedy as greedy
+    from streamsoup.greedy_cook import resume_greedy as resume_greedy
+    from streamsoup.greedy_job import GreedyResult as GreedyResult
     from streamsoup.recipe import Ingredient as Ingredient
     from streamsoup.recipe import Recipe as Recipe
     from streamsoup.recipe import read_recipe as read_recipe
+    from streamsoup.sums import RunningSoup as RunningSoup
 
 _HOMES = {
+    "Candidate": "candidate",
     "Execution": "execution",
+    "GreedyResult": "greedy_job",
     "Ingredient": "recipe",
     "Progress": "engine",
     "Recipe": "recipe",
+    "RunningSoup": "sums",
     "SoupResult": "execution",
     "StreamsoupError": "errors",
+    "greedy": "greedy_cook",
     "plan_soup": "cook",
     "read_recipe": "recipe",
     "resume": "cook",
+    "resume_greedy": "greedy_cook",
     "soup": "cook",
 }
 

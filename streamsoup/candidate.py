@@ -97,7 +97,9 @@ class Candidate:
         return _LazyTensors(self)
 
     def write(self, folder: str | Path) -> Path:
-        """Write it as a checkpoint folder, reusing files that an earlier candidate left there; returns the folder.
+        """Write it as a checkpoint folder, reusing files that an earlier candidate left there.
+
+        Returns the folder; where the ingredients are single files, the file in it.
 
         The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
         """
@@ -113,8 +115,9 @@ class Candidate:
                 write_durably(folder / "model.safetensors.index.json", layout.index)
             if pool.first.folder is not None:
                 copy_companions(pool.first.folder, folder, dtype=_optional_dtype(pool.options.dtype))
-        self.path = folder
-        return folder
+        files_only = pool.first.folder is None and len(layout.shards) == 1
+        self.path = folder / layout.shards[0].name if files_only else folder
+        return self.path
 
     def tensor_bytes(self, tensor: int) -> npt.NDArray[np.uint8]:
         """Make one tensor, by position; returns its bytes as a uint8 array."""

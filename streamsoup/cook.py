@@ -215,7 +215,11 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
 def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
     done = workspace.is_leftover and workspace.recipe_path.exists()
     if done:  # it died between putting the soup in place and removing the last of the workspace
-        job: dict[str, Any] = {"id": "", "overwrite": True, "recipe": recipe_to_mapping(read_recipe(workspace.recipe_path))}
+        job: dict[str, Any] = {
+            "id": "",
+            "overwrite": True,
+            "recipe": recipe_to_mapping(read_recipe(workspace.recipe_path)),
+        }
     else:
         job = workspace.read_job()
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))

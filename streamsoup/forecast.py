@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from streamsoup.pool import Pool
@@ -24,15 +24,21 @@ class Forecast:
     sums_bytes : int
         Of all generations of the running sum; 0 if it is in memory.
     candidate_bytes, output_bytes : int
-    saved_by_float32_bytes, saved_by_one_generation_bytes : int
-        What less would do.
+    saved_by_float32_bytes : int
+        What ``--sums-dtype float32`` would save.
+    generations : int
     """
 
     sums_bytes: int
     candidate_bytes: int
     output_bytes: int
     saved_by_float32_bytes: int
-    saved_by_one_generation_bytes: int
+
+    generations: int = GENERATIONS
+
+    def to_json(self) -> dict[str, int]:
+        """Plain data."""
+        return {**asdict(self), "disk_bytes": self.disk_bytes}
 
     @property
     def disk_bytes(self) -> int:
@@ -49,5 +55,4 @@ class Forecast:
             candidate_bytes=pool.layout.file_bytes,
             output_bytes=pool.layout.file_bytes,
             saved_by_float32_bytes=max(0, sums - GENERATIONS * 4 * elements) if on_disk else 0,
-            saved_by_one_generation_bytes=pool.sum_bytes if on_disk else 0,
         )

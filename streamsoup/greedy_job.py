@@ -17,6 +17,7 @@ from streamsoup.sums import Member
 
 JOB_NAME = "greedy.json"
 JOB_FORMAT = 1
+WORK_NAMES = (JOB_NAME, "scores.jsonl", "decisions.json", "sums", "candidate")  # all that we put into a work folder
 
 
 @dataclass(frozen=True)

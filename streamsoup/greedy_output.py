@@ -105,6 +105,7 @@ def _move(written: Candidate, workspace: Workspace) -> bool:
     """Move a candidate's shards into a workspace, where that is a rename."""
     if written.path is None or os.stat(written.path).st_dev != os.stat(workspace.folder).st_dev:
         return False
-    for file in sorted(written.path.glob("*.safetensors")):
+    folder = written.path if written.path.is_dir() else written.path.parent
+    for file in sorted(folder.glob("*.safetensors")):
         os.rename(file, workspace.soup / file.name)
     return True

@@ -87,9 +87,9 @@ class BarProgress(SilentProgress):
             self._bar.stop()
 
 
-def make_progress(*, quiet: bool) -> SilentProgress:
-    """Choose what fits standard error."""
-    if quiet:
+def make_progress(*, quiet: bool, transient: bool = False) -> SilentProgress:
+    """Choose what fits standard error. Many short runs (`transient`) show no progress of their own."""
+    if quiet or transient:
         return SilentProgress()
     return BarProgress() if sys.stderr.isatty() else LineProgress()
 

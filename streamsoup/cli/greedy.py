@@ -1,0 +1,281 @@
+"""``streamsoup greedy``: keep what helps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamsoup.cli.progress import make_progress
+from streamsoup.units import format_binary, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
+
+_EXAMPLES = """\
+examples:
+  streamsoup greedy runs/* --score "python eval.py --model {soup}" -o soup/
+  streamsoup greedy runs/* --score "..." --metric accuracy --order scores.json --workdir work/ -o soup/
+  streamsoup greedy runs/* --score "..." --prune -o soup/          start from all, drop what does not help
+  streamsoup greedy --resume work/                                 go on after an interruption
+
+The score is the last line that the command prints, or with --metric a key of JSON that it prints last (or writes to
+{result}). {soup} is a checkpoint folder (a file, where the ingredients are files), {soup_file} its one .safetensors
+file.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "greedy",
+        help="average those checkpoints that help, by a held-out score",
+        description="Sort checkpoints by held-out score, and keep each one whose addition does not lower the soup's. A "
+        "trial reads one checkpoint and the running sum, whatever was kept before.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ingredients", nargs="*", metavar="CHECKPOINT", help="as in `streamsoup soup`")
+    parser.add_argument("-o", "--output", metavar="OUT", help="a new folder for the soup")
+    parser.add_argument("--resume", metavar="WORKDIR", help="go on with an interrupted run")
+    _add_scoring(parser.add_argument_group("scoring"))
+    _add_rule(parser.add_argument_group("deciding"))
+    how = parser.add_argument_group("how to make it")
+    how.add_argument("--workdir", metavar="DIR", help="for scores and sums (default: OUT.work, removed at the end)")
+    how.add_argument("--candidates", metavar="DIR", help="for candidates, such as a RAM disk (default: in the workdir)")
+    how.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    how.add_argument("--sums-dtype", choices=("float64", "float32"), help="of running sums (default: float64)")
+    how.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
+    how.add_argument("--buffers", choices=("identical", "first"), help="as in `streamsoup soup`")
+    how.add_argument("--nonfinite", choices=("error", "warn", "allow"), help="as in `streamsoup soup`")
+    how.add_argument("--budget", metavar="SIZE", help="memory to own, the running sum included where it fits")
+    how.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
+    how.add_argument("--threads", type=int, metavar="N", help="worker threads")
+    how.add_argument("--read", choices=("auto", "map", "plain"), help="as in `streamsoup soup`")
+    how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
+    show = parser.add_argument_group("what to show")
+    show.add_argument("--plot", metavar="FILE", help="draw the run as PNG or SVG")
+    show.add_argument("--dry-run", action="store_true", help="print what it will need, and score nothing")
+    show.add_argument("--json", action="store_true", help="print the result as JSON")
+    show.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.set_defaults(run=run, guarded=True, on_death=after_death)
+
+
+def _add_scoring(group: Any) -> None:
+    group.add_argument("--score", metavar="COMMAND", help="command that scores a checkpoint")
+    group.add_argument("--metric", metavar="KEY", help="key (dotted path) of the JSON that decides")
+    group.add_argument("--also", metavar="KEY", action="append", help="further key to record; may be repeated")
+    group.add_argument("--minimize", action="store_true", help="lower is better")
+    group.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
+    group.add_argument("--before-score", metavar="COMMAND", help="run on each candidate first (BatchNorm statistics)")
+
+
+def _add_rule(group: Any) -> None:
+    group.add_argument(
+        "--accept", choices=("ge", "gt"), help="keep what does not lower the score (ge, default) or only what raises it"
+    )
+    group.add_argument("--tolerance", type=float, metavar="X", help="how far below still counts as not lower")
+    group.add_argument(
+        "--order",
+        metavar="HOW",
+        help="score (default), given, random, or a JSON or CSV file with the checkpoints' own scores",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of a random order")
+    group.add_argument("--max-ingredients", type=int, metavar="N", help="most that may be kept")
+    group.add_argument("--prune", action="store_true", help="start from all, and drop what does not help")
+    group.add_argument("--rounds", type=int, metavar="N", help="go through the list so often; one may enter again")
+    group.add_argument("--restarts", type=int, metavar="N", help="further runs in random order; the best wins")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    from streamsoup.greedy_cook import cook_greedy, resume_greedy
+
+    logging.getLogger("streamsoup").addHandler(logging.NullHandler())
+    quiet = args.quiet or args.json
+    table = _Table(quiet=quiet)
+    with make_progress(quiet=quiet, transient=True) as progress:
+        if args.resume:
+            folder = Path(args.resume)
+            result = resume_greedy(folder, on_trial=table, progress=progress)
+            owned = False
+        else:
+            job = _job(args)
+            if args.dry_run:
+                _print_forecast(job, args)
+                return 0
+            folder, owned = _workdir(args), args.workdir is None
+            result = cook_greedy(job, workdir=folder, on_trial=table, progress=progress)
+    if args.plot:
+        from streamsoup.picture import draw_greedy
+
+        draw_greedy(result, args.plot, metric=args.metric)
+    if owned and result.path is not None:
+        _remove_workdir(folder)
+    _print_result(result, args)
+    return 0
+
+
+def after_death(args: argparse.Namespace) -> None:
+    """Say how to go on after a fatal signal."""
+    from streamsoup.cli.guard import say
+    from streamsoup.greedy_job import JOB_NAME
+
+    folder = Path(args.resume) if args.resume else _workdir(args)
+    if (folder / JOB_NAME).exists():
+        say(f"Scores and decisions so far are kept in {folder}; go on with `streamsoup greedy --resume {folder}`.")
+
+
+def _workdir(args: argparse.Namespace) -> Path:
+    return Path(args.workdir or f"{str(args.output).rstrip('/')}.work")
+
+
+def _remove_workdir(folder: Path) -> None:
+    """Remove what we made; decisions and scores are in the soup's folder."""
+    import shutil
+
+    from streamsoup.greedy_job import WORK_NAMES
+
+    for name in WORK_NAMES:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _job(args: argparse.Namespace) -> GreedyJob:
+    from streamsoup.checkpoints import expand_paths
+    from streamsoup.errors import RecipeError
+    from streamsoup.greedy_options import make_job
+
+    if not args.ingredients:
+        raise RecipeError("Name the checkpoints to choose from.")
+    if not args.score and not args.dry_run:
+        raise RecipeError("Say how to score a checkpoint: --score COMMAND.")
+    if not args.output and not args.dry_run:
+        raise RecipeError("Say where the soup goes: -o FOLDER.")
+    paths = expand_paths(args.ingredients)
+    order, own_scores = _order(args.order, paths)
+    options = {
+        "order": order,
+        "own_scores": own_scores,
+        "metric": args.metric,
+        "also": tuple(args.also or ()),
+        "minimize": args.minimize,
+        "timeout_seconds": args.score_timeout,
+        "candidates": args.candidates and os.path.abspath(args.candidates),
+        "overwrite": args.overwrite,
+        "accept": args.accept,
+        "tolerance": args.tolerance,
+        "seed": args.seed,
+        "max_ingredients": args.max_ingredients,
+        "prune": args.prune,
+        "rounds": args.rounds,
+        "restarts": args.restarts,
+        "dtype": args.dtype,
+        "sums_dtype": args.sums_dtype,
+        "shard_bytes": args.shard_size,
+        "buffers": args.buffers,
+        "nonfinite": args.nonfinite,
+        "budget_bytes": args.budget,
+        "device": args.device,
+        "workers": args.threads,
+        "read_mode": args.read,
+    }
+    return make_job(paths, args.output, score_command=args.score, before_command=args.before_score, options=options)
+
+
+def _order(text: str | None, paths: list[str]) -> tuple[str | None, dict[str, float] | None]:
+    """Read ``--order``: a word, or a file of scores."""
+    if text is None or text in ("score", "given", "random"):
+        return text, None
+    from streamsoup.own_scores import read_own_scores
+
+    return "score", read_own_scores(text, paths)
+
+
+class _Table:
+    """Prints one line a decision."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._begun = False
+
+    def __call__(self, record: TrialRecord) -> None:
+        """Print a decision."""
+        if self._quiet:
+            return
+        if not self._begun:
+            self._begun = True
+            print(f"{'ingredient':<28} {'own score':>11} {'soup':>11}   {'':<9} {'kept':>5} {'seconds':>8} {'read':>9}")
+        own = "-" if record.own_score is None else f"{record.own_score:.6g}"
+        word = ("kept" if record.accepted else "rejected") if record.change >= 0 else None
+        word = word or ("dropped" if record.accepted else "needed")
+        tie = "=" if record.tie else " "
+        print(
+            f"{_name(record.path):<28} {own:>11} {record.score:>11.6g} {tie} {word:<9} {record.size:>5} "
+            f"{record.seconds:>8.2f} {format_bytes(record.bytes_read):>9}",
+            flush=True,
+        )
+
+
+def _name(path: str) -> str:
+    name = "/".join(Path(path).parts[-2:])
+    return name if len(name) <= 28 else f"...{name[-25:]}"
+
+
+def _print_forecast(job: GreedyJob, args: argparse.Namespace) -> None:
+    from streamsoup.forecast import Forecast, sum_on_disk
+    from streamsoup.pool import Pool
+
+    pool = Pool(job.ingredients, job.pool)
+    folder = _workdir(args) if args.output or args.workdir else Path("work")
+    on_disk = sum_on_disk(pool, folder)
+    forecast = Forecast.of(pool, on_disk=on_disk)
+    each = max(int(c.table.nbytes.sum()) for c in pool.checkpoints.values())
+    if args.json:
+        print(json.dumps({**forecast.to_json(), "sum_bytes": pool.sum_bytes, "sum_on_disk": on_disk}))
+        return
+    print(f"greedy soup of {len(job.ingredients)} checkpoints of up to {format_bytes(each)}")
+    where = f"{folder}/sums, {forecast.generations} generations" if on_disk else "in memory"
+    rows = [
+        ("running sum", f"{format_bytes(pool.sum_bytes)} ({pool.sum_dtype.name.lower()}), {where}"),
+        ("a trial", f"reads {format_bytes(each + pool.sum_bytes)} (one checkpoint and the sum) and writes "
+         f"{format_bytes(forecast.candidate_bytes)}"),
+        ("an accepted", f"reads {format_bytes(each + pool.sum_bytes)} and writes {format_bytes(pool.sum_bytes)}"),
+        ("disk needed", f"{format_bytes(forecast.disk_bytes)}: sums {format_bytes(forecast.sums_bytes)}, one candidate "
+         f"{format_bytes(forecast.candidate_bytes)}, the soup {format_bytes(forecast.output_bytes)}"),
+        ("budget", f"{format_binary(pool.budget_bytes)}"),
+    ]  # fmt: skip
+    if forecast.saved_by_float32_bytes:
+        rows.append(("to save disk", f"--sums-dtype float32 saves {format_bytes(forecast.saved_by_float32_bytes)}"))
+    for label, text in rows:
+        print(f"  {label:<12} {text}")
+
+
+def _print_result(result: GreedyResult, args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps(result.to_json()))
+        return
+    if args.quiet:
+        return
+    total = len({t.path for t in result.trials})
+    kept = ", ".join(f"{_name(m.path)}" + (f" x{m.weight:g}" if m.weight != 1 else "") for m in result.members)
+    print(f"\nkept {len(result.members)} of {total}: {kept}")
+    if len(result.members) == 1:
+        print("No candidate was good enough: the soup is the best single ingredient. They may lie too far apart.")
+    for group in result.ties:
+        print(f"equal scores of their own, taken in the given order: {', '.join(map(_name, group))}")
+    print(
+        f"score {result.score:.6g}; {result.evaluations} evaluations, read {format_bytes(result.bytes_read)}, wrote "
+        f"{format_bytes(result.bytes_written)} in {format_seconds(result.seconds)}, peak memory "
+        f"{format_binary(result.peak_bytes)}"
+    )
+    if result.rebuilt > 1:
+        print(f"the running sum was made anew {result.rebuilt} times, so that no bit depends on what was tried")
+    if result.path is not None:
+        print(f"soup: {result.path}")
