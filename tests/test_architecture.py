@@ -1,0 +1,227 @@
+"""Imports point one way, the public names are pinned, and no top-level module named kernels is ever installed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import streamsoup
+
+PACKAGE = Path(streamsoup.__file__).resolve().parent
+ROOT = PACKAGE.parent
+# From the ground up. A module may import from its own floor (without a circle) and from those below it.
+FLOORS = """
+    _version errors units dtypes kernels maps
+    files recipe checkpoints methods tiling budget journal score rules
+    align layout plan manifest
+    read write backends companions
+    engine sinks
+    findings workspace execution side_files
+    cook pool candidate sums scorebook
+    forecast reread greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
+    learning comparison bench
+    cli
+    __main__
+"""
+FLOOR_OF = {room: floor for floor, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
+
+
+def dotted(path: Path) -> str:
+    parts = ["streamsoup", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else ""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module of streamsoup that a file imports, anywhere in it."""
+    found = set()
+    known = {dotted(m) for m in modules()} | {"streamsoup.kernels"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {n for n in names if n in known or n.startswith("streamsoup.kernels")}
+    return {n for n in found if n != dotted(path)}
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted)
+def test_imports_point_down(path):
+    name = dotted(path)
+    room = room_of(name)
+    if not room:  # the package itself: names loaded lazily
+        return
+    assert room in FLOOR_OF, f"{name} has no floor: give it one in this test and in docs/design.md"
+    for target in imports_of(path):
+        below = room_of(target)
+        assert not below or FLOOR_OF[below] <= FLOOR_OF[room], f"{name} imports {target}, which is above it"
+
+
+def test_imports_make_no_circle():
+    graph = {dotted(p): {n for n in _runtime_imports(p) if not n.startswith("streamsoup.kernels")} for p in modules()}
+    graph.pop("streamsoup")
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, " -> ".join([*trail, name])
+        if state.get(name) == 2 or name not in graph:
+            return
+        state[name] = 1
+        for other in sorted(graph[name]):
+            inside = other.startswith(f"{name}.") or name.startswith(f"{other}.")
+            if not inside:  # a package and its own modules
+                visit(other, (*trail, name))
+        state[name] = 2
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def _runtime_imports(path: Path) -> set[str]:
+    """Imports at the top of a module; those under TYPE_CHECKING and inside functions make no circle."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("streamsoup"):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("streamsoup")}
+    return found - {dotted(path), "streamsoup"}
+
+
+def test_kernels_import_nothing_of_streamsoup():
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert node is not None
+            assert not [n for n in names if n.split(".")[0] == "streamsoup"], path
+
+
+def test_print_lives_in_the_command_line_only():
+    for path in modules():
+        if "cli" in path.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), path
+
+
+def test_public_names_are_pinned_and_load():
+    assert sorted(streamsoup.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(streamsoup, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = streamsoup.nonsense
+
+
+PUBLIC = [
+    "Execution",
+    "Ingredient",
+    "Progress",
+    "Recipe",
+    "SoupResult",
+    "StreamsoupError",
+    "__version__",
+    "plan_soup",
+    "read_recipe",
+    "resume",
+    "soup",
+]
+
+
+def test_no_public_function_shares_its_name_with_a_module():
+    names = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    assert not names & set(streamsoup.__all__)
+
+
+def test_every_error_has_one_root_and_is_drawn_in_the_tree():
+    from streamsoup import errors
+
+    kinds = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)]
+    for kind in kinds:
+        assert issubclass(kind, errors.StreamsoupError)
+        assert kind.__name__ in (errors.__doc__ or "")
+        if kind is not errors.StreamsoupError:
+            builtins = [b for b in kind.__mro__ if b.__module__ == "builtins" and b not in (Exception, object)]
+            assert any(b is not BaseException for b in builtins), f"{kind.__name__} derives from no fitting builtin"
+
+
+def test_nothing_in_the_repository_names_a_machine():
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile("|".join(["/" + "work/", "/" + "root/", "/" + "opt/ss"]))
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ""}:
+            found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert found is None, f"{name}: {found and found[0]}"
+
+
+# -- packaging ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the tracked and untracked sources, so that nothing is written beside them."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source")
+    for name in ("streamsoup", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_wheel_holds_the_kernels_inside_the_package_and_no_top_level_kernels(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"streamsoup"}
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert f"streamsoup/kernels/{file.name}" in wheel
+
+
+def test_wheel_holds_every_module_types_and_licence(wheel):
+    for path in modules():
+        assert f"streamsoup/{path.relative_to(PACKAGE).as_posix()}" in wheel
+    assert "streamsoup/py.typed" in wheel
+    assert any(name.endswith("LICENSE") for name in wheel)
+    assert not [name for name in wheel if "tests" in name.split("/")]
+
+
+def test_no_top_level_kernels_can_be_imported_from_an_installation(tmp_path):
+    """Outside the checkout, `import kernels` must not find ours."""
+    script = (
+        "import importlib.util as u, streamsoup.kernels as k\n"
+        "spec = u.find_spec('kernels')\n"
+        "assert spec is None or spec.origin != k.__file__, spec"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
