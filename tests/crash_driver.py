@@ -84,7 +84,8 @@ def main():
             _, status = os.waitpid(child, 0)
             errors.seek(0)
             answer = {"code": os.waitstatus_to_exitcode(status), "errors": errors.read().decode()}
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

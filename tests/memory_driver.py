@@ -91,7 +91,7 @@ def main():
         answer["error"] = repr(error)
     sampler.done.set()
     sampler.join()
-    print(json.dumps(answer | {"peak": sampler.peak}))
+    sys.stdout.write(json.dumps(answer | {"peak": sampler.peak}))
 
 
 main()

@@ -1,4 +1,4 @@
-"""The one exact reference, for whole checkpoints: rationals, rounded once (see `exact.py` beside the kernels' tests)."""
+"""The one exact reference, for whole checkpoints: rationals, rounded once (`exact.py` beside the kernels' tests)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ FLOORS = """
     engine sinks
     findings workspace execution side_files
     cook pool candidate sums scorebook
-    forecast reread greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
+    forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
+    picture
     learning comparison bench
     cli
     __main__
@@ -134,16 +135,21 @@ def test_public_names_are_pinned_and_load():
 
 
 PUBLIC = [
+    "Candidate",
     "Execution",
+    "GreedyResult",
     "Ingredient",
     "Progress",
     "Recipe",
+    "RunningSoup",
     "SoupResult",
     "StreamsoupError",
     "__version__",
+    "greedy",
     "plan_soup",
     "read_recipe",
     "resume",
+    "resume_greedy",
     "soup",
 ]
 

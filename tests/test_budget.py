@@ -11,7 +11,8 @@ MIB, GIB = 2**20, 2**30
 
 
 @pytest.mark.parametrize(
-    ("free", "want"), [(100 * GIB, 2 * GIB), (4 * GIB, GIB), (512 * MIB, 128 * MIB), (0, 32 * MIB), (64 * MIB, 32 * MIB)]
+    ("free", "want"),
+    [(100 * GIB, 2 * GIB), (4 * GIB, GIB), (512 * MIB, 128 * MIB), (0, 32 * MIB), (64 * MIB, 32 * MIB)],
 )
 def test_default_is_a_quarter_of_what_is_free_within_limits(monkeypatch, free, want):
     monkeypatch.setattr(budget, "free_bytes", lambda: free)

@@ -19,32 +19,30 @@ def test_codes_are_those_of_the_kernels():
 
 
 def test_every_dtype_of_the_format_is_known_and_no_other():
-    assert set(BY_NAME) == set(
-        [
-            "BOOL",
-            "F4",
-            "F6_E2M3",
-            "F6_E3M2",
-            "U8",
-            "I8",
-            "F8_E5M2",
-            "F8_E4M3",
-            "F8_E8M0",
-            "F8_E4M3FNUZ",
-            "F8_E5M2FNUZ",
-            "I16",
-            "U16",
-            "F16",
-            "BF16",
-            "I32",
-            "U32",
-            "F32",
-            "C64",
-            "F64",
-            "I64",
-            "U64",
-        ]
-    )
+    assert set(BY_NAME) == {
+        "BOOL",
+        "F4",
+        "F6_E2M3",
+        "F6_E3M2",
+        "U8",
+        "I8",
+        "F8_E5M2",
+        "F8_E4M3",
+        "F8_E8M0",
+        "F8_E4M3FNUZ",
+        "F8_E5M2FNUZ",
+        "I16",
+        "U16",
+        "F16",
+        "BF16",
+        "I32",
+        "U32",
+        "F32",
+        "C64",
+        "F64",
+        "I64",
+        "U64",
+    }
 
 
 def test_indices_are_positions():

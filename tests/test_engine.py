@@ -456,20 +456,21 @@ def test_an_error_in_a_worker_is_raised_where_run_was_called(tmp_path):
         _engine(plan, [_Failing(), _Failing()]).run(plan.tiles(averaged=True))
 
 
+class StopError(Exception):
+    """What a caller's progress function may raise."""
+
+
 def test_an_exception_from_progress_stops_the_run_and_finished_tiles_are_committed(tmp_path, monkeypatch):
     monkeypatch.setattr("streamsoup.engine._PROGRESS_SECONDS", 0.0)
     plan = plan_for(write_all(tmp_path, [realistic(i, {"w": (400_000,)}) for i in range(2)]), tile_blocks=1)
     committed = []
 
-    class Stop(Exception):
-        pass
-
     def progress(report: Progress) -> None:
         if report.done_bytes:
-            raise Stop
+            raise StopError
 
     engine = _engine(plan, commit=committed.extend, progress=progress)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         engine.run(plan.tiles(averaged=True))
     assert sum(r.elements for r in committed) == engine.outcome.bytes_read // 4
     assert committed

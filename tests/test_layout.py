@@ -27,7 +27,7 @@ ODD = {
     "scalar": np.array(3.0, np.float32),
     "empty": np.zeros((0, 4), np.float32),
     "count": np.array(7, np.int64),
-    "odd/name \u00e9 \"quoted\"": np.zeros(1, np.float32),
+    'odd/name \u00e9 "quoted"': np.zeros(1, np.float32),
 }
 
 

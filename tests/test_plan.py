@@ -52,7 +52,7 @@ def test_tiles_cover_every_element_once_and_start_at_blocks(tmp_path_factory, el
     write_checkpoint(path, {"w": np.zeros(elements, np.float16), "n": np.zeros(7, np.int8)})
     plan = plan_for([path], tile_blocks=blocks)
     ranges = [(b * BLOCK_ELEMENTS, min(n, max(0, elements - b * BLOCK_ELEMENTS))) for b, n in done]
-    tensor = plan.table.by_name["w"]
+    tensor = plan.table.names.index("w")
     covered = np.zeros(elements, int)
     for start, length in ranges:
         covered[start : start + length] = 1
@@ -61,7 +61,7 @@ def test_tiles_cover_every_element_once_and_start_at_blocks(tmp_path_factory, el
         assert 0 < tile.elements <= blocks * BLOCK_ELEMENTS
         covered[tile.start : tile.start + tile.elements] += 1
     assert (covered == 1).all()
-    assert [t.tensor for t in plan.tiles(averaged=False)] == [plan.table.by_name["n"]]
+    assert [t.tensor for t in plan.tiles(averaged=False)] == [plan.table.names.index("n")]
 
 
 def test_fingerprint_is_the_same_for_every_budget_device_and_thread_count(tmp_path):

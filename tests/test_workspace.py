@@ -31,15 +31,15 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-class Boom(Exception):
-    pass
+class BoomError(Exception):
+    """A failure of our own making."""
 
 
 def break_at(monkeypatch, what="streamsoup.workspace.Workspace.publish"):
     """Let a run fail once, at its very end."""
 
     def fail(*_args, **_options):
-        raise Boom
+        raise BoomError
 
     monkeypatch.setattr(what, fail)
 
@@ -48,7 +48,7 @@ def interrupt(monkeypatch, runs, out, **options):
     """Leave an unfinished soup."""
     with monkeypatch.context() as patch:
         break_at(patch)
-        with pytest.raises(Boom) as caught:
+        with pytest.raises(BoomError) as caught:
             streamsoup.soup(runs, out, **options)
     return caught.value
 
@@ -192,7 +192,7 @@ def test_an_ingredient_behind_symlinked_shards_is_protected_too(tmp_path, runs):
     snapshot.mkdir()
     (tmp_path / "runs" / "run1" / "model.safetensors").rename(blobs / "abc")
     (snapshot / "model.safetensors").symlink_to(blobs / "abc")
-    with pytest.raises(DestinationError, match="lies inside|is the|contains"):
+    with pytest.raises(DestinationError, match=r"lies inside|is the|contains"):
         streamsoup.soup([snapshot, runs[1]], blobs / "abc", overwrite=True)
     streamsoup.soup([snapshot, runs[1]], tmp_path / "soup")
     assert (tmp_path / "soup" / "model.safetensors").is_file()
@@ -246,7 +246,7 @@ def test_a_failure_keeps_the_work_and_names_it(tmp_path, runs, monkeypatch):
 @pytest.mark.parametrize("out", ["soup", "soup.safetensors"])
 def test_no_keep_leaves_nothing(tmp_path, runs, monkeypatch, out):
     break_at(monkeypatch)
-    with pytest.raises(Boom):
+    with pytest.raises(BoomError):
         streamsoup.soup(runs, tmp_path / out, keep=False)
     assert names(tmp_path) == ["runs"]
 
@@ -287,11 +287,11 @@ def test_resume_on_the_other_backend_ends_with_the_same_bits(tmp_path, monkeypat
 
     def append_half(self, records):
         appended(self, records[: len(records) // 2])
-        raise Boom
+        raise BoomError
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", append_half)
-        with pytest.raises(Boom):
+        with pytest.raises(BoomError):
             streamsoup.soup(paths, tmp_path / "soup")
     result = streamsoup.resume(tmp_path / "soup", streamsoup.Execution(device="torch:cpu"))
     assert 0 < result.bytes_read < 2 * 8 * 60_000
@@ -336,11 +336,12 @@ def test_another_run_at_work_on_the_same_place_is_refused(tmp_path, runs, monkey
 @pytest.mark.parametrize("action", ["resume with no keep", "restart"])
 def test_the_work_of_a_running_process_is_never_removed(tmp_path, runs, monkeypatch, action):
     interrupt(monkeypatch, runs, tmp_path / "soup")
+    begin = {
+        "restart": lambda: streamsoup.soup(runs, tmp_path / "soup", restart=True),
+        "resume with no keep": lambda: streamsoup.resume(tmp_path / "soup", streamsoup.Execution(keep=False)),
+    }[action]
     with at_work_on(tmp_path / "soup"), pytest.raises(ResumeError):
-        if action == "restart":
-            streamsoup.soup(runs, tmp_path / "soup", restart=True)
-        else:
-            streamsoup.resume(tmp_path / "soup", streamsoup.Execution(keep=False))
+        begin()
     assert (tmp_path / "soup.partial" / "job.json").exists()
 
 
