@@ -18,7 +18,8 @@ def check_copied(plan: Plan, outcome: Outcome, buffers: str) -> list[str]:
     first = plan.checkpoints[0].path
     sentences = []
     for tensor in sorted(outcome.differs):
-        others = ", ".join(plan.checkpoints[i].path for i in sorted(outcome.differs[tensor]))
+        differing = sorted(outcome.differs[tensor])
+        others = plan.checkpoints[differing[0]].path + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
         name, dtype = plan.table.names[tensor], plan.out_dtype(tensor).name
         sentences.append(f"{name}: {dtype} buffer in {others} differs from the one in {first}.")
     if sentences and buffers == "identical":

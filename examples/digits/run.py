@@ -1,4 +1,4 @@
-"""Train a pool, make its uniform soup with streamsoup, and compare.
+"""Train a pool, make its uniform and its greedy soup with streamsoup, and compare.
 
 python examples/digits/run.py [--seed 0] [--out DIR] [--runs 12] [--start strong|weak|separate]
 """
@@ -19,6 +19,8 @@ from model import load_network
 from torch import Tensor
 from train import add_options, pool_options, train_pool
 
+import streamsoup
+
 SPLITS = ("validation", "test")
 COLUMNS = ("learning_rate", "weight_decay", "label_smoothing", "mixup", "augmentation", "epochs")
 HEADINGS = ("lr", "decay", "smooth", "mixup", "augment", "epochs")
@@ -34,6 +36,20 @@ def make_soup(folders: list[Path], soup: Path, *, norm: str) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code)
+
+
+def make_greedy_soup(folders: list[Path], soup: Path, *, norm: str) -> None:
+    """Keep what does not lower the validation accuracy; each candidate is streamed straight into one live network."""
+    if soup.exists():
+        return
+    network = load_network(folders[0])
+    images, labels = load_split("validation")
+
+    def score(candidate: streamsoup.Candidate) -> float:
+        candidate.load_into(network)
+        return accuracy(predict(network, images), labels)
+
+    streamsoup.greedy(folders, soup, score=score, buffers="first" if norm == "batch" else "identical")
 
 
 def print_runs(folders: list[Path], scores: list[dict[str, float]]) -> None:
@@ -69,6 +85,10 @@ def main() -> None:
     soup = out / f"soup-of-{len(folders)}"
     make_soup(folders, soup, norm=options.norm)
     cooked = time.perf_counter()
+    greedy_soup = out / f"greedy-soup-of-{len(folders)}"
+    make_greedy_soup(folders, greedy_soup, norm=options.norm)
+    chosen = time.perf_counter()
+    kept = len(json.loads((greedy_soup / "streamsoup.json").read_text(encoding="utf-8"))["ingredients"])
 
     splits = {split: load_split(split) for split in SPLITS}
 
@@ -91,10 +111,14 @@ def main() -> None:
         (f"mean of {len(folders)} runs", mean_score(scores)),
         (f"best on validation ({folders[best].name})", scores[best]),
         ("uniform soup", score(outputs(soup))),
+        (f"greedy soup ({kept} kept)", score(outputs(greedy_soup))),
         (f"ensemble ({len(folders)} networks)", score(ensemble)),
     ]
     print_summary(rows)
-    print(f"\ntraining {trained - began:.0f} s, soup {cooked - trained:.1f} s, {soup}")
+    if kept == 1:
+        print("\nGreedy kept only the best run: no other helped it on the validation images.")
+    print(f"\ntraining {trained - began:.0f} s, soup {cooked - trained:.1f} s, greedy soup {chosen - cooked:.1f} s")
+    print(f"uniform soup: {soup}\ngreedy soup:  {greedy_soup}")
 
 
 if __name__ == "__main__":
