@@ -65,7 +65,8 @@ class Journal:
         while position + _FRAME.size <= len(raw):
             length, checksum = _FRAME.unpack_from(raw, position)
             payload = raw[position + _FRAME.size : position + _FRAME.size + length]
-            if len(payload) < length or zlib.crc32(payload) != checksum:
+            # A power cut may leave zeros, and the checksum of nothing is zero.
+            if not length or len(payload) < length or zlib.crc32(payload) != checksum:
                 break
             records += _decode(payload)
             position += _FRAME.size + length

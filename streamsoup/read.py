@@ -210,9 +210,9 @@ class OpenFiles:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = [os.open(path, os.O_RDONLY), 0]
-                self._close_idle()
             self._files.move_to_end(path)
             file[1] += 1
+            self._close_idle()
         try:
             yield file[0]
         finally:

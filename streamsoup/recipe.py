@@ -111,7 +111,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     """Write a recipe as YAML that `read_recipe` reads back to the same value."""
     import yaml
 
-    return str(yaml.safe_dump(recipe_to_mapping(recipe), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(recipe_to_mapping(recipe), sort_keys=False))
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -126,10 +126,10 @@ def read_recipe(path: str | Path) -> Recipe:
 
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not a readable YAML file ({reason}).") from error
     recipe = recipe_from_mapping(document, where=str(path))
@@ -155,7 +155,25 @@ def recipe_from_mapping(document: object, *, where: str) -> Recipe:
             raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(known))}.")
     if not isinstance(options.get("normalize", True), bool):
         raise RecipeError(f"{where}: normalize is true or false, not {options['normalize']!r}.")
-    return Recipe(ingredients, **options)
+    try:
+        return Recipe(ingredients, **options)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _strict_loader() -> Any:
+    """Make a loader that refuses a key that is there twice, instead of taking the last."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if isinstance(key, str) and keys.count(key) > 1:
+                    raise yaml.YAMLError(f"the key {key!r} is there twice")
+            return super().construct_mapping(node, deep)
+
+    return StrictLoader
 
 
 def _ingredient(row: object, where: str) -> Ingredient:
@@ -168,4 +186,7 @@ def _ingredient(row: object, where: str) -> Ingredient:
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise RecipeError(f"{where}: weight {weight!r} of {row['path']} is not a number.")
-    return Ingredient(row["path"], float(weight))
+    try:
+        return Ingredient(row["path"], float(weight))
+    except OverflowError:
+        raise RecipeError(f"{where}: weight of {row['path']} is too large.") from None

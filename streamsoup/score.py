@@ -85,7 +85,7 @@ class CommandScore:
         try:
             return json.loads(result.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ScoreError(f"{self.command}: wrote no JSON to {{result}} ({error}).{_quote(output)}") from error
+            raise _failed(f"{self.command}: wrote no JSON to {{result}} ({error}).", output) from error
 
 
 def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: float | None) -> str:
@@ -114,17 +114,15 @@ def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: f
     except subprocess.TimeoutExpired:
         _kill(process)
         output, errors = process.communicate()
-        raise ScoreError(
-            f"{command}: took longer than {timeout_seconds:g} s on {checkpoint}. Give it more time with "
-            f"--score-timeout.{_quote(output + errors)}"
+        raise _failed(
+            f"{command}: took longer than {timeout_seconds:g} s on {checkpoint}. Give it more with --score-timeout.",
+            output + errors,
         ) from None
     except BaseException:
         _kill(process)
         raise
     if process.returncode:
-        raise ScoreError(
-            f"{command}: failed with exit code {process.returncode} on {checkpoint}.{_quote(output + errors)}"
-        )
+        raise _failed(f"{command}: failed with exit code {process.returncode} on {checkpoint}.", output + errors)
     return output
 
 
@@ -171,7 +169,7 @@ def _last_json(output: str) -> Any:
         if lines[first].lstrip().startswith(("{", "[")):
             with contextlib.suppress(ValueError):
                 return json.loads("\n".join(lines[first:]))
-    raise ScoreError(f"No JSON at the end of the output.{_quote(output)}")
+    raise _failed("No JSON at the end of the output.", output)
 
 
 def _look_up(document: Any, path: str) -> Any:
@@ -190,12 +188,15 @@ def _number(value: Any, what: str, output: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ScoreError(f"{what} is {value!r}, not a number.{_quote(output)}") from None
+        raise _failed(f"{what} is {value!r}, not a number.", output) from None
     if not math.isfinite(number):
-        raise ScoreError(f"{what} is {number}, which decides nothing.{_quote(output)}")
+        raise _failed(f"{what} is {number}, which decides nothing.", output)
     return number
 
 
-def _quote(output: str) -> str:
-    lines = output.strip().splitlines()[-_QUOTED_LINES:]
-    return "".join(f"\n  | {line}" for line in lines)
+def _failed(message: str, output: str) -> ScoreError:
+    """Make an error with the end of what the evaluator printed as a note."""
+    error = ScoreError(message)
+    if output.strip():
+        error.add_note("\n".join(f"| {line}" for line in output.strip().splitlines()[-_QUOTED_LINES:]))
+    return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from streamsoup.errors import RecipeError
 
@@ -26,7 +27,7 @@ def parse_bytes(text: str | int) -> int:
     """
     match = _SIZE.fullmatch(str(text))
     unit = _UNITS.get(match[2].lower()) if match else None
-    size_bytes = int(float(match[1]) * unit) if match and unit else 0
+    size_bytes = int(Fraction(match[1]) * unit) if match and unit else 0
     if size_bytes <= 0:
         raise RecipeError(f"{text!r} is not a size. Write bytes with a unit, such as 512MiB or 5GB.")
     return size_bytes

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from stat import S_ISREG
 from typing import Any, NoReturn
 
 from streamsoup.checkpoints.table import TensorTable, pack
@@ -65,9 +66,14 @@ def read_header(
     CheckpointNotFoundError, CheckpointError, HeaderError
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            stat = os.fstat(file.fileno())
-            raw = _read_raw(file.fileno(), path, stat.st_size)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hold us up
+        try:
+            stat = os.fstat(fd)
+            if not S_ISREG(stat.st_mode):
+                raise CheckpointError(f"{path}: is no regular file. Name a .safetensors file or a folder.", path=path)
+            raw = _read_raw(fd, path, stat.st_size)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"{path}: no such file.", path=path) from None
     except OSError as error:

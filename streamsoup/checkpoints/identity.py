@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.errors import ChangedIngredientError, IngredientReadError
 
@@ -43,7 +45,7 @@ def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardI
     mine = table.shards == number
     sizes = table.nbytes[mine]
     # The middle, not the start: embeddings of rare tokens, which many fine-tunes leave alone, often come first.
-    begins = (table.begins[mine] + (sizes // 2)).tolist()
+    begins = (table.begins[mine] + np.maximum(0, sizes // 2 - SAMPLE_BYTES // 2)).tolist()
     ends = (table.begins[mine] + sizes).tolist()
     digest = hashlib.blake2b(digest_size=16)
     try:

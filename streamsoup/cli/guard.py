@@ -94,8 +94,13 @@ def _obituary(number: int) -> str:
 
 
 def say(text: str) -> None:
-    """Print one message for the person on standard error."""
-    print(f"streamsoup: {text}", file=sys.stderr)
+    """Print one line for the person on standard error."""
+    print(f"streamsoup: {printable(text)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a tensor's name must neither break the line nor steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -129,5 +134,6 @@ def _failed(args: argparse.Namespace, error: BaseException, text: str, *, code: 
         return code
     say(text)
     for note in getattr(error, "__notes__", ()):
-        say(note)
+        for line in note.splitlines():
+            say(line)
     return code
