@@ -146,6 +146,7 @@ class Engine:
         self._lock = threading.Lock()
         self._finished: list[TileRecord] = []
         self._error: BaseException | None = None
+        self._sync_failed = False
         self._stop = threading.Event()
         self._idle = threading.Event()
         self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
@@ -295,8 +296,11 @@ class Engine:
     def _commit_finished(self) -> None:
         with self._lock:
             batch, self._finished = self._finished, []
-        if batch:
+        if batch and not self._sync_failed:
+            # The kernel reports a failed write-back once: a second sync may succeed though bytes of the first are lost.
+            self._sync_failed = True
             self._sink.sync()
+            self._sync_failed = False
             if self._commit is not None:
                 self._commit(batch)
 

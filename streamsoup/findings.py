@@ -7,6 +7,9 @@ from streamsoup.errors import MismatchError, NonFiniteError
 from streamsoup.plan import Plan
 
 
+_NAMED = 3  # ingredients in one sentence
+
+
 def check_copied(plan: Plan, outcome: Outcome, buffers: str) -> list[str]:
     """Refuse non-float tensors that differ between ingredients, or note that the first's were taken.
 
@@ -19,7 +22,8 @@ def check_copied(plan: Plan, outcome: Outcome, buffers: str) -> list[str]:
     sentences = []
     for tensor in sorted(outcome.differs):
         differing = sorted(outcome.differs[tensor])
-        others = plan.checkpoints[differing[0]].path + (f" (and {len(differing) - 1} more)" if differing[1:] else "")
+        others = ", ".join(plan.checkpoints[i].path for i in differing[:_NAMED])
+        others += f" (and {len(differing) - _NAMED} more)" if len(differing) > _NAMED else ""
         name, dtype = plan.table.names[tensor], plan.out_dtype(tensor).name
         sentences.append(f"{name}: {dtype} buffer in {others} differs from the one in {first}.")
     if sentences and buffers == "identical":

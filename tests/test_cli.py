@@ -279,7 +279,7 @@ def test_wrong_usage_exits_2(cli, arguments):
         (["soup", "run1", "-o", "soup", "--budget", "lots"], ["lots"]),
         (["soup", "run1", "-o", "soup", "--budget", "9kB"], ["too small"]),
         (["soup", "run1", "-o", "soup", "--shard-size", "-1"], ["-1"]),
-        (["soup", "run1", "-o", "soup", "--threads", "0"], ["threads"]),
+        (["soup", "run1", "-o", "soup", "--threads", "0"], ["thread"]),
         (["soup", "run1", "-o", "soup", "--device", "gpu"], ["gpu"]),
         (["soup", "run1", "--recipe", "r.yaml", "-o", "soup"], ["not both"]),
         (["soup", "--recipe", "missing.yaml", "-o", "soup"], ["missing.yaml"]),

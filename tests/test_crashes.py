@@ -350,6 +350,50 @@ def test_an_ingredient_truncated_under_a_map_is_one_line_and_exit_code_1(tmp_pat
     assert not out.exists()
 
 
+# -- power cuts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["soup", "soup.safetensors"])
+def test_every_file_and_name_is_durable_before_the_soup_takes_its_place(tmp_path, monkeypatch, out):
+    """`-9` keeps what the kernel holds, a power cut does not: so the calls are watched, in their order."""
+    runs = fine_tunes(tmp_path / "in", 2, companions={"config.json": "{}", "1_Pooling/config.json": "{}"})
+    synced: set[tuple[int, int]] = set()
+    published: dict[str, set[tuple[int, int]]] = {}
+    fsync, pwrite = os.fsync, os.pwrite
+
+    def inode(path):
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+
+    def note_sync(fd):
+        fsync(fd)
+        synced.add(inode(f"/proc/self/fd/{fd}"))
+
+    def note_write(fd, buffer, offset):
+        synced.discard(inode(f"/proc/self/fd/{fd}"))
+        return pwrite(fd, buffer, offset)
+
+    def watch(name):
+        move = getattr(workspace, name)
+
+        def moved(source, destination, **options):
+            inside = [source, *(source.rglob("*") if source.is_dir() else ())]
+            published[name] = {inode(p) for p in inside} - synced
+            return move(source, destination, **options)
+
+        monkeypatch.setattr(workspace, name, moved)
+
+    from streamsoup import workspace
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "pwrite", note_write)
+    for name in ("move_folder", "move_file"):
+        watch(name)
+    streamsoup.soup(runs, tmp_path / out)
+    assert list(published.values()) == [set()]
+    assert inode(tmp_path) in synced, "the name of the soup is durable too"
+
+
 # -- a full disk -------------------------------------------------------------------------------------------------
 
 

@@ -405,6 +405,24 @@ def test_only_the_tiles_that_are_asked_for_are_done(tmp_path):
     assert ranges == [(0, 2), (4, 1)]
 
 
+def test_tiles_are_durable_before_they_are_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr("streamsoup.engine._COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("streamsoup.engine._START_SYNC_SECONDS", 0.0)
+    plan = plan_for(write_all(tmp_path, [realistic(i, {"w": (300_000,)}) for i in range(2)]), tile_blocks=1)
+    written, durable, committed = [], set(), []
+    engine = _engine(plan, commit=lambda records: committed.extend((r.start, r.start in durable) for r in records))
+    write = engine._sink.write
+
+    def note(tensor, offset, buffer):
+        write(tensor, offset, buffer)
+        written.append(offset // 2)
+
+    engine._sink.write = note
+    engine._sink.sync = lambda: durable.update(list(written))
+    engine.run(plan.tiles(averaged=True))
+    assert sorted(committed) == [(start, True) for start in range(0, 300_000, BLOCK_ELEMENTS)]
+
+
 def test_after_a_sync_has_failed_nothing_more_is_committed(tmp_path):
     """The kernel reports a failed write-back once: a second sync may succeed though bytes of the first are lost."""
     plan = plan_for(write_all(tmp_path, [realistic(i, {"w": (100_000,)}) for i in range(2)]), tile_blocks=1)

@@ -70,7 +70,9 @@ def read_header(
         try:
             stat = os.fstat(fd)
             if not S_ISREG(stat.st_mode):
-                raise CheckpointError(f"{path}: is no regular file. Name a .safetensors file or a folder.", path=path)
+                raise CheckpointError(
+                    f"{path}: cannot be read: it is no regular file. Name a .safetensors file.", path=path
+                )
             raw = _read_raw(fd, path, stat.st_size)
         finally:
             os.close(fd)
