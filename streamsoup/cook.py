@@ -320,6 +320,7 @@ class _Cook:
             bytes_read=outcome.bytes_read,
             bytes_written=outcome.bytes_written,
             seconds=time.perf_counter() - self.began,
+            engine_seconds=outcome.seconds,
             projected_peak_bytes=plan.projected_peak_bytes,
             measured_peak_bytes=measured_peak_bytes,
             metadata_bytes=plan.metadata_bytes,

@@ -70,6 +70,8 @@ class Outcome:
     bytes_read, bytes_written : int
     stage_seconds : dict of str to float
         Thread-seconds in ``read``, ``reduce``, ``write``; seconds waited for ``sync``.
+    seconds : float
+        In which tiles were run.
     """
 
     digests: npt.NDArray[np.uint64]
@@ -78,6 +80,7 @@ class Outcome:
     differs: dict[int, set[int]] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
+    seconds: float = 0.0
     stage_seconds: dict[str, float] = field(
         default_factory=lambda: {"read": 0.0, "reduce": 0.0, "write": 0.0, "sync": 0.0}
     )
@@ -166,7 +169,7 @@ class Engine:
 
         On an error or an interrupt, tiles that were finished are still committed before it is raised.
         """
-        source = iter(tiles)
+        source, began = iter(tiles), time.perf_counter()
         self._stop.clear()
         self._idle.clear()
         running = [len(self._slots)]
@@ -185,9 +188,10 @@ class Engine:
             for thread in (*workers, syncer):
                 thread.join()
             self._report_quietly("sync")
-            began = time.perf_counter()
+            waiting = time.perf_counter()
             self._commit_finished()
-            self.outcome.stage_seconds["sync"] += time.perf_counter() - began
+            self.outcome.stage_seconds["sync"] += time.perf_counter() - waiting
+            self.outcome.seconds += time.perf_counter() - began
         if self._error is not None:
             raise self._error
         return self.outcome

@@ -61,7 +61,9 @@ class SoupResult:
     bytes_read, bytes_written : int
         Of tensors, in this run.
     seconds : float
-        From the first header to the published soup.
+        From the first header to the published soup, imports and compilation included.
+    engine_seconds : float
+        From the first tile until all bytes are durable.
     projected_peak_bytes, measured_peak_bytes : int
         What the engine owned, above the level after imports and compilation.
     metadata_bytes : int
@@ -84,6 +86,7 @@ class SoupResult:
     bytes_read: int
     bytes_written: int
     seconds: float
+    engine_seconds: float
     projected_peak_bytes: int
     measured_peak_bytes: int
     metadata_bytes: int

@@ -6,7 +6,6 @@ from streamsoup.engine import Outcome
 from streamsoup.errors import MismatchError, NonFiniteError
 from streamsoup.plan import Plan
 
-
 _NAMED = 3  # ingredients in one sentence
 
 

@@ -1,0 +1,90 @@
+"""A greedy soup with a trivial score, against two hand-written loops in torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from measure import run_process, warm
+from synthetic import make_checkpoints
+
+HERE = Path(__file__).resolve().parent
+# Accepted and rejected in turn: 8 of 16 kept.
+ACCEPTED = [i % 2 == 0 for i in range(15)]
+
+_GREEDY = """
+import sys, json, time
+import streamsoup
+paths, out = sys.argv[2:], sys.argv[1]
+answers = iter(json.loads(sys.stdin.read()))
+state = {"best": 1.0}
+def score(candidate):
+    if len(candidate.members) > 1:
+        candidate.write(out + "-candidate")
+        if next(answers):
+            state["best"] += 1.0
+            return state["best"]
+        return 0.0
+    return 1.0
+began = time.perf_counter()
+result = streamsoup.greedy(paths, out, score=score, order="given", budget_bytes="8GiB")
+print(json.dumps({"seconds": time.perf_counter() - began, "kept": len(result.members),
+                  "reads": max(result.reads.values()), "bytes_read": result.bytes_read, "peak": result.peak_bytes}))
+"""
+
+
+def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
+    """Each loop makes every candidate whole; ours writes each to disk as well."""
+    paths = make_checkpoints("vit-50m" if small else "vit-g-463m", folder / "runs", ingredients=16)
+    warm(path / "model.safetensors" for path in paths)
+    script = folder / "greedy.py"
+    script.write_text(_GREEDY.replace("sys.stdin.read()", repr(json.dumps(ACCEPTED))), encoding="utf-8")
+    out = folder / "soup"
+    command = [sys.executable, str(script), str(out), *map(str, paths)]
+    ours = []
+    for _ in range(max(1, repeats // 2)):
+        ours.append(run_process(command))
+        for path in folder.glob("soup*"):
+            shutil.rmtree(path)
+    scores = ",".join("1" if a else "0" for a in ACCEPTED)
+    rows = {}
+    for loop in ("greedy-update", "greedy-reload"):
+        target = folder / "loop.safetensors"
+        done = run_process(
+            [sys.executable, str(HERE / "torch_loops.py"), loop, str(target), *map(str, paths), "--scores", scores]
+        )
+        target.unlink()
+        rows[loop] = {"process_seconds": done.seconds, "owned": done.owned_bytes, "resident": done.resident_bytes}
+    best = min(ours, key=lambda r: r.seconds)
+    return {
+        "cache": "warm",
+        "ours": {
+            **json.loads(best.output),
+            "process_seconds": sorted(r.seconds for r in ours)[len(ours) // 2],
+            "owned": max(r.owned_bytes for r in ours),
+            "resident": max(r.resident_bytes for r in ours),
+        },
+        **rows,
+    }
+
+
+def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows to read."""
+    ours = figures["ours"]
+    rows = [("ours, whole process", f"{ours['process_seconds']:.1f} s, {_memory(ours)}, kept {ours['kept']}, "
+             f"each ingredient read at most {ours['reads']} times")]  # fmt: skip
+    for name, label in (
+        ("greedy-reload", "reload all kept for each candidate (at least 10)"),
+        ("greedy-update", "incremental update in bfloat16"),
+    ):
+        found = figures[name]
+        ratio = found["process_seconds"] / ours["process_seconds"]
+        rows.append((label, f"{found['process_seconds']:.1f} s = {ratio:.1f} x ours, {_memory(found)}"))
+    return rows
+
+
+def _memory(found: dict[str, Any]) -> str:
+    return f"owned {found['owned'] / 2**30:.2f} GiB (resident {found['resident'] / 2**30:.2f})"
