@@ -12,7 +12,7 @@ from streamsoup.tiling import MIB
 DEFAULT_SHARE = 4
 DEFAULT_MOST_BYTES = 2048 * MIB
 _SAMPLE_SECONDS = 0.02
-_PLAIN_WORKERS = 8  # a disk needs several requests in flight
+_PLAIN_WORKERS = 4  # one computes, the tiles of the others are being read or written
 
 
 def default_budget_bytes() -> int:
@@ -35,9 +35,9 @@ def available_cores() -> int:
 
 
 def worker_count(workers: int | None, mode: str) -> int:
-    """Choose threads: the cores, or more where the disk is waited for."""
+    """Choose threads that combine: the cores, or some more where tiles are read ahead."""
     cores = available_cores()
-    return workers or (max(_PLAIN_WORKERS, 2 * cores) if mode == "plain" else cores)
+    return workers or (max(_PLAIN_WORKERS, cores) if mode == "plain" else cores)
 
 
 def _cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,6 +151,7 @@ class Engine:
         self._finished: list[TileRecord] = []
         self._error: BaseException | None = None
         self._sync_failed = False
+        self._readers: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._idle = threading.Event()
         self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
@@ -169,6 +171,13 @@ class Engine:
 
         On an error or an interrupt, tiles that were finished are still committed before it is raised.
         """
+        readers = self._plan.tiling.readers
+        if not readers:
+            return self._run(tiles)
+        with ThreadPoolExecutor(readers, thread_name_prefix="streamsoup-read") as self._readers:
+            return self._run(tiles)
+
+    def _run(self, tiles: Iterable[Tile]) -> Outcome:
         source, began = iter(tiles), time.perf_counter()
         self._stop.clear()
         self._idle.clear()
@@ -222,7 +231,7 @@ class Engine:
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
             start = time.perf_counter()
-            addresses = [self._fetch(slot, i, tile, blend.itemsizes[i], staging_index=i - first) for i in group]
+            addresses = self._fetch_group(slot, group, tile, blend)
             read += time.perf_counter() - start
             token = slot.combine(addresses, blend, first, tile.elements, first_block)
         assert token is not None
@@ -259,6 +268,21 @@ class Engine:
         self._sink.write(tile.tensor, tile.start * itemsize, output)
         record = TileRecord(tile.tensor, tile.start, tile.elements, digests, differs=differs if differs.any() else None)
         self._finish(record, count * itemsize, itemsize, began, reduced - began, reduced)
+
+    def _fetch_group(self, slot: Slot, group: range, tile: Tile, blend: Blend) -> list[int]:
+        """Bring a group of ingredients into reach.
+
+        Readers take one piece at a time from one queue, so that each file is read nearly in order, and all files at
+        once; workers that read their own tiles, several files each, got half the rate from a cold disk.
+        """
+        if self._readers is None:
+            return [self._fetch(slot, i, tile, blend.itemsizes[i], staging_index=i - group.start) for i in group]
+        pieces = [
+            self._readers.submit(self._fetch, slot, i, tile, blend.itemsizes[i], staging_index=i - group.start)
+            for i in group
+        ]
+        wait(pieces)  # all of them, even if one fails: nothing may write into the slot later
+        return [piece.result() for piece in pieces]
 
     def _fetch(self, slot: Slot, ingredient: int, tile: Tile, itemsize: int, *, staging_index: int) -> int:
         position = self._plan.alignment.position(ingredient, tile.tensor)

@@ -13,6 +13,8 @@ MIB = 1 << 20
 FIXED_BYTES = 6 * MIB
 # A thread's stack is private writable memory, whether or not it is touched.
 STACK_BYTES = 8 * MIB
+# Threads that read: a disk needs several requests in flight, and more than these only disturb its read-ahead.
+READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +57,20 @@ class Tiling:
     group : int
         How many ingredients go through a slot at a time; fewer than all means that partial sums are kept.
     slot_bytes : int
+    readers : int
+        Threads that bring bytes into slots, beside the workers; 0 where maps need none.
     """
 
     workers: int
     tile_elements: int
     group: int
     slot_bytes: int
+    readers: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Projected bytes that the engine owns while it runs."""
-        return FIXED_BYTES + self.workers * (STACK_BYTES + self.slot_bytes)
+        return FIXED_BYTES + (self.workers + self.readers) * STACK_BYTES + self.workers * self.slot_bytes
 
 
 def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
@@ -120,4 +125,6 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
-    return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group))
+    # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
+    readers = min(READERS, 2 * workers if workers > 1 else 1) if needs.staged else 0
+    return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group), readers)
