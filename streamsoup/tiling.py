@@ -126,5 +126,5 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
     # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
-    readers = min(READERS, 2 * workers if workers > 1 else 1) if needs.staged else 0
+    readers = min(READERS, 2 * workers) if needs.staged and workers > 1 else 0
     return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group), readers)

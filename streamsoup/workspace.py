@@ -21,7 +21,7 @@ from typing import Any
 
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.files import sync_folder, write_durably
+from streamsoup.files import sync, write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
 from streamsoup.write import move_file, move_folder
 
@@ -230,8 +230,8 @@ class Workspace:
     def publish(self, *, overwrite: bool) -> None:
         """Put the finished soup into its place and remove the workspace."""
         target = self.destination.path
-        for folder in (p for p in (self.soup, *self.soup.rglob("*")) if p.is_dir()):
-            sync_folder(folder)
+        for path in (*self.soup.rglob("*"), self.soup):
+            sync(path)
         if self.destination.is_file:
             # The weights last: whoever waits for them finds the files beside them complete.
             for file in sorted(p for p in self.soup.iterdir() if p.name != target.name):
@@ -241,7 +241,7 @@ class Workspace:
             old = move_folder(self.soup, target, overwrite=overwrite)
             if old is not None and old != self.soup:
                 _remove(old)
-        sync_folder(target.parent)
+        sync(target.parent)
         self.remove()
 
     def remove(self) -> None:

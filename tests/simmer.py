@@ -12,11 +12,15 @@ from factory import DTYPES
 from streamsoup.backends import open_backend
 from streamsoup.checkpoints import open_checkpoints
 from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
+from streamsoup.cook import plan_soup
 from streamsoup.engine import Engine, Outcome
+from streamsoup.errors import BudgetError
+from streamsoup.execution import Execution
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import open_sources
-from streamsoup.tiling import BLOCK_ELEMENTS, Tiling, slot_bytes
+from streamsoup.recipe import make_recipe
+from streamsoup.tiling import BLOCK_ELEMENTS, slot_bytes
 
 
 class MemorySink:
@@ -72,8 +76,19 @@ def plan_for(
     # Double-double sums never go in groups: see `TileNeeds`.
     group = min(group, len(paths)) if group and plan.needs.groupable else len(paths)
     tile = tile_blocks * BLOCK_ELEMENTS
-    tiling = Tiling(workers, tile, group, slot_bytes(plan.needs, tile, group))
+    sizes = {"workers": workers, "tile_elements": tile, "group": group}
+    tiling = dataclasses.replace(plan.tiling, **sizes, slot_bytes=slot_bytes(plan.needs, tile, group))
     return dataclasses.replace(plan, tiling=tiling)
+
+
+def least_budget(paths: Sequence[str | Path], **execution: object) -> int:
+    """The smallest budget that is not refused: it forces one thread, small tiles, ingredients in groups."""
+    recipe = make_recipe([str(p) for p in paths])
+    try:
+        plan_soup(recipe, None, Execution(budget_bytes=1, **execution))  # type: ignore[arg-type]
+    except BudgetError as error:
+        return error.least_bytes
+    raise AssertionError("a budget of one byte was taken")
 
 
 def simmer(

@@ -257,6 +257,7 @@ def test_patterns_are_expanded_in_natural_order_and_brackets_in_names_are_names(
     for name in ("run10", "run9", "run[1]"):
         (tmp_path / name).mkdir()
     assert expand_paths(["run[0-9]*"]) == ["run9", "run10"]
+    assert expand_paths(["start", "run[0-9]*"]) == ["start", "run9", "run10"]
     assert expand_paths(["run[1]"]) == ["run[1]"]
     with pytest.raises(CheckpointNotFoundError, match=r"none\*: matches no"):
         expand_paths(["none*"])

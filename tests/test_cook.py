@@ -21,6 +21,7 @@ from factory import (
     write_checkpoint,
 )
 from reference import exact_bits
+from simmer import least_budget
 
 import streamsoup
 from streamsoup.errors import (
@@ -127,13 +128,16 @@ def test_a_soup_can_be_an_ingredient(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    {"budget_bytes": "16MiB"}, {"budget_bytes": "1GiB"}, {"workers": 1}, {"workers": 7}, {"read_mode": "plain"},
-    {"read_mode": "map"}, {"device": "torch:cpu"}, {"budget_bytes": "16MiB", "read_mode": "plain"},
+    {"budget_bytes": "least"}, {"budget_bytes": "1GiB"}, {"workers": 1}, {"workers": 7}, {"read_mode": "plain"},
+    {"read_mode": "map"}, {"device": "torch:cpu"}, {"budget_bytes": "least", "read_mode": "plain"},
 ])  # fmt: skip
 def test_no_byte_of_a_soup_depends_on_how_it_is_made(tmp_path, options):
     shapes = {"big": (300_001,), **SHAPES}
     paths = [write_checkpoint(tmp_path / f"r{i}", realistic(i, shapes)) for i in range(12)]
     weights = np.random.default_rng(0).random(12).tolist()
+    if options.get("budget_bytes") == "least":
+        mode = options.get("read_mode", "auto")
+        options = {**options, "budget_bytes": least_budget(paths, read_mode=mode)}
     streamsoup.soup(paths, tmp_path / "a", weights=weights, shard_size="200kB")
     streamsoup.soup(paths, tmp_path / "b", weights=weights, shard_size="200kB", **options)
     assert weights_bytes(tmp_path / "a") == weights_bytes(tmp_path / "b")
@@ -347,21 +351,31 @@ def test_nonfinite_may_be_let_through(tmp_path, nonfinite, notes):
     assert len(json.loads((tmp_path / "soup" / "streamsoup.json").read_text())["notes"]) == notes
 
 
-@pytest.mark.parametrize("budget", ["15MiB", "1GiB"])
+def budget_of(text, paths):
+    return least_budget(paths, read_mode="plain") if text == "least" else text
+
+
+@pytest.mark.parametrize("budget", ["least", "1GiB"])
 def test_a_soup_too_large_for_its_dtype_is_refused(tmp_path, budget):
     values = {"w": np.full(70_000, 1e6, np.float32)}
     paths = [write_checkpoint(tmp_path / f"r{i}", values) for i in range(40)]
     with pytest.raises(NonFiniteError, match=r"w: 70,000 .*too large for float16.*wider --dtype"):
-        streamsoup.soup(paths, tmp_path / "soup", dtype="float16", budget_bytes=budget, read_mode="plain")
+        streamsoup.soup(
+            paths, tmp_path / "soup", dtype="float16", budget_bytes=budget_of(budget, paths), read_mode="plain"
+        )
 
 
-@pytest.mark.parametrize("budget", ["15MiB", "1GiB"])
+@pytest.mark.parametrize("budget", ["least", "1GiB"])
 def test_coefficients_that_overflow_are_refused_under_every_budget(tmp_path, budget):
     values = {"w": np.full(70_000, 3e38, np.float32)}
     paths = [write_checkpoint(tmp_path / f"r{i}", values) for i in range(40)]
     with pytest.raises(NonFiniteError, match="w: 70,000"):
         streamsoup.soup(
-            paths, tmp_path / "soup", coefficients=[1e290] * 2 + [1.0] * 38, budget_bytes=budget, read_mode="plain"
+            paths,
+            tmp_path / "soup",
+            coefficients=[1e290] * 2 + [1.0] * 38,
+            budget_bytes=budget_of(budget, paths),
+            read_mode="plain",
         )
 
 

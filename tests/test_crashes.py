@@ -21,7 +21,7 @@ from streamsoup.errors import DiskSpaceError
 
 DRIVER = Path(__file__).resolve().parent / "crash_driver.py"
 SHAPES = {f"layer.{i}.weight": (30_000 + i,) for i in range(12)} | {"norm": (7,)}
-OPTIONS = {"weights": [1.0, 2.0, 3.0], "shard_size": "300kB", "budget_bytes": "16MiB", "read_mode": "plain"}
+OPTIONS = {"weights": [1.0, 2.0, 3.0], "shard_size": "300kB", "budget_bytes": "40MiB", "read_mode": "plain"}
 
 KILLS = [
     *(("tile", n, before) for n in (1, 2, 5, 9, 13) for before in (False, True)),
@@ -216,7 +216,7 @@ def test_killed_at_random_moments_resume_gives_the_same_bits(kitchen, tmp_path):
         out = tmp_path / f"soup{trial}"
         weighted = [f"{run}:{weight}" for run, weight in zip(runs, (1, 2, 3), strict=True)]
         command = [sys.executable, "-m", "streamsoup", "soup", *weighted, "-o",
-                   str(out), "--shard-size", "300kB", "--budget", "16MiB", "--read", "plain"]  # fmt: skip
+                   str(out), "--shard-size", "300kB", "--budget", "40MiB", "--read", "plain"]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not (tmp_path / f"soup{trial}.partial").exists() and process.poll() is None:
@@ -324,6 +324,16 @@ def test_sigterm_keeps_the_work_and_says_so(tmp_path, slow_runs):
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "Traceback" not in err
     assert "soup.partial" in err
+
+
+def test_the_work_ends_when_its_parent_is_killed(tmp_path, slow_runs):
+    process = start(tmp_path / "soup", slow_runs)
+    child = _child(process)
+    process.kill()
+    process.communicate()
+    _await_death(child)
+    assert not (tmp_path / "soup").exists(), "an orphan went on to the end"
+    assert (tmp_path / "soup.partial" / "job.json").exists()
 
 
 def test_a_killed_child_is_reported_by_its_parent(tmp_path, slow_runs):
