@@ -11,8 +11,8 @@ from factory import DTYPES
 
 from streamsoup.backends import open_backend
 from streamsoup.checkpoints import open_checkpoints
-from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
 from streamsoup.cook import plan_soup
+from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
 from streamsoup.engine import Engine, Outcome
 from streamsoup.errors import BudgetError
 from streamsoup.execution import Execution
