@@ -26,6 +26,7 @@ def greedy(
     workdir: str | Path | None = None,
     before_score: Callable[[Candidate], Any] | str | None = None,
     on_trial: Callable[[TrialRecord], None] | None = None,
+    on_score: Callable[[str, float], None] | None = None,
     progress: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> GreedyResult:
@@ -46,6 +47,8 @@ def greedy(
         Run on each candidate first: the place for re-estimating BatchNorm statistics.
     on_trial : callable taking a TrialRecord, optional
         Called after each decision.
+    on_score : callable taking a path and a score, optional
+        Called after each ingredient was scored alone.
     progress : callable taking a Progress, optional
     **options
         Those of `Rule` (``accept``, ``tolerance``, ``minimize``, ``order``, ``seed``, ``max_ingredients``, ``prune``,
@@ -80,6 +83,7 @@ def greedy(
         before_score=None if isinstance(before_score, str) else before_score,
         workdir=workdir,
         on_trial=on_trial,
+        on_score=on_score,
         progress=progress,
     )
 
@@ -91,6 +95,7 @@ def cook_greedy(
     before_score: Callable[[Candidate], Any] | None = None,
     workdir: str | Path | None = None,
     on_trial: Callable[[TrialRecord], None] | None = None,
+    on_score: Callable[[str, float], None] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> GreedyResult:
     """Make the greedy soup of a job. See `streamsoup.greedy` for what it promises.
@@ -105,6 +110,7 @@ def cook_greedy(
     workdir : path, optional
         Keeps scores and sums, so that the work can be resumed. None: nothing is kept on disk.
     on_trial : callable taking a TrialRecord, optional
+    on_score : callable taking a path and a score, optional
     progress : callable taking a `Progress`, optional
 
     Raises
@@ -126,7 +132,7 @@ def cook_greedy(
     identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
     if folder is not None:
         write_job(folder, job, identities)
-    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial).run()
+    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
 
 
 def resume_greedy(
@@ -135,6 +141,7 @@ def resume_greedy(
     score: Callable[[Candidate], Any] | None = None,
     before_score: Callable[[Candidate], Any] | None = None,
     on_trial: Callable[[TrialRecord], None] | None = None,
+    on_score: Callable[[str, float], None] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> GreedyResult:
     """Go on with a greedy soup whose making was interrupted: the same decisions and the same bits.
@@ -142,7 +149,7 @@ def resume_greedy(
     Parameters
     ----------
     workdir : path
-    score, before_score, on_trial, progress
+    score, before_score, on_trial, on_score, progress
         As in `cook_greedy`; callables must be given again.
 
     Raises
@@ -157,4 +164,4 @@ def resume_greedy(
     pool = Pool(job.ingredients, job.pool, progress)
     for path, checkpoint in pool.checkpoints.items():
         expect_identity(checkpoint, identities[path], what="the greedy soup began")
-    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial).run()
+    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()

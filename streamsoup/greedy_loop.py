@@ -41,6 +41,7 @@ class GreedyLoop:
     score: Callable[[Candidate], Any] | None
     before_score: Callable[[Candidate], Any] | None
     on_trial: Callable[[TrialRecord], None] | None
+    on_score: Callable[[str, float], None] | None = None
     records: list[TrialRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,7 +105,9 @@ class GreedyLoop:
         wanted = range(len(own)) if rule.order == "score" else [search.order(n)[0] for n in range(rule.restarts + 1)]
         for i in wanted:
             if own[i] is None:
-                own[i] = self.evaluator.alone(job.ingredients[i]).scores.value
+                own[i] = value = self.evaluator.alone(job.ingredients[i]).scores.value
+                if self.on_score is not None:
+                    self.on_score(job.ingredients[i], value)
         return search
 
     def _search(self, search: Search, number: int) -> tuple[float, tuple[Member, ...]]:

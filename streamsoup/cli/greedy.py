@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     with make_progress(quiet=quiet, transient=True) as progress:
         if args.resume:
             folder = Path(args.resume)
-            result = resume_greedy(folder, on_trial=table, progress=progress)
+            result = resume_greedy(folder, on_trial=table, on_score=table.alone, progress=progress)
             owned = False
         else:
             job = _job(args)
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 _print_forecast(job, args)
                 return 0
             folder, owned = _workdir(args), args.workdir is None
-            result = cook_greedy(job, workdir=folder, on_trial=table, progress=progress)
+            result = cook_greedy(job, workdir=folder, on_trial=table, on_score=table.alone, progress=progress)
     if args.plot:
         from streamsoup.picture import draw_greedy
 
@@ -204,6 +205,11 @@ class _Table:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._begun = False
+
+    def alone(self, path: str, score: float) -> None:
+        """Say that an ingredient was scored alone: it may take long until the first decision."""
+        if not self._quiet:
+            print(f"scored {_name(path)} alone: {score:.6g}", file=sys.stderr, flush=True)
 
     def __call__(self, record: TrialRecord) -> None:
         """Print a decision."""

@@ -1,0 +1,53 @@
+"""Write the tables of the README from benchmarks/results/*.json; with --check, only say whether they agree.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+_PLACE = re.compile(r"(<!-- bench:(?P<case>[a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def render(case: str) -> str:
+    """Make the table of one case."""
+    result = json.loads((HERE / "results" / f"{case}.json").read_text(encoding="utf-8"))
+    rows = importlib.import_module(f"case_{case.replace('-', '_')}").table(result["figures"])
+    machine = result["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"load {machine['load_average']:.1f}, {result['when'][:10]}"
+    )
+    lines = [f"| {case} | {where} |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str) -> str:
+    """Fill every place for a table."""
+    return _PLACE.sub(lambda match: f"{match[1]}{render(match['case'])}{match[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    filled = fill(text)
+    if args.check:
+        if text != filled:
+            print("README.md does not agree with benchmarks/results: run python benchmarks/tables.py", file=sys.stderr)
+        return int(text != filled)
+    README.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
