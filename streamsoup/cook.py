@@ -296,10 +296,7 @@ class _Cook:
                 engine = Engine(
                     plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
                 )
-                done: dict[int, list[tuple[int, int]]] = {}
-                for record in records:
-                    engine.outcome.add(record)
-                    done.setdefault(record.tensor, []).append((record.start, record.elements))
+                done = engine.resume(records)
                 engine.run(plan.tiles(averaged=False, done=done))
                 check_copied(plan, engine.outcome, self.recipe.buffers)
                 engine.run(plan.tiles(averaged=True, done=done))

@@ -40,20 +40,18 @@ class Progress:
     stage : str
         ``reduce``, ``sync`` or ``publish``.
     done_bytes, total_bytes : int
-        Of ingredients.
+        Of ingredients; what an interrupted run had done counts too.
     seconds : float
         Since the run began.
+    gb_per_s : float
+        Ingredient bytes a second, in 10⁹, in this run.
     """
 
     stage: str
     done_bytes: int
     total_bytes: int
     seconds: float
-
-    @property
-    def gb_per_s(self) -> float:
-        """Ingredient bytes a second, in 10⁹."""
-        return self.done_bytes / 1e9 / self.seconds if self.seconds else 0.0
+    gb_per_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -151,6 +149,7 @@ class Engine:
         self._finished: list[TileRecord] = []
         self._error: BaseException | None = None
         self._sync_failed = False
+        self._already_bytes = 0
         self._readers: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._idle = threading.Event()
@@ -165,6 +164,16 @@ class Engine:
             ingredients=len(plan.checkpoints),
             staged=plan.staged,
         )
+
+    def resume(self, records: Sequence[TileRecord]) -> dict[int, list[tuple[int, int]]]:
+        """Take in what an earlier run finished; returns it by tensor, as `Plan.tiles` wants it."""
+        done: dict[int, list[tuple[int, int]]] = {}
+        for record in records:
+            self.outcome.add(record)
+            done.setdefault(record.tensor, []).append((record.start, record.elements))
+            itemsizes = [self._plan.in_dtype(i, record.tensor).itemsize for i in range(len(self._sources))]
+            self._already_bytes += record.elements * sum(itemsizes)
+        return done
 
     def run(self, tiles: Iterable[Tile]) -> Outcome:
         """Do these tiles, and return when their bytes are durable.
@@ -335,7 +344,9 @@ class Engine:
     def _report(self, stage: str) -> None:
         if self._progress is not None:
             seconds = time.perf_counter() - self._began
-            self._progress(Progress(stage, self.outcome.bytes_read, self._plan.bytes_to_read, seconds))
+            done = self._already_bytes + self.outcome.bytes_read
+            rate = self.outcome.bytes_read / 1e9 / seconds if seconds else 0.0
+            self._progress(Progress(stage, done, self._plan.bytes_to_read, seconds, rate))
 
     def _report_quietly(self, stage: str) -> None:
         """Report while an exception may be on its way: one from the callback must not hide it."""

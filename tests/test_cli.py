@@ -236,7 +236,7 @@ def test_resume_goes_on_and_takes_no_other_ingredients(cli, tmp_path, monkeypatc
         with pytest.raises(ZeroDivisionError):
             streamsoup.soup(runs, tmp_path / "soup")
     for more in (["run1"], ["-o", "x"], ["--dry-run"], ["--recipe", "r.yaml"]):
-        assert_one_sentence(cli("soup", "--resume", "soup", *more), "--resume")
+        assert_one_sentence(cli("soup", "--resume", "soup", *more), "--resume", code=2)
     done = cli("soup", "--resume", "soup")
     assert done.returncode == 0, done.stderr
     assert same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(tmp_path / "soup"))
@@ -266,8 +266,6 @@ def test_wrong_usage_exits_2(cli, arguments):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["soup"], ["Name the checkpoints"]),
-        (["soup", "run1"], ["-o"]),
         (["soup", "nope", "-o", "soup"], ["nope", "no such file"]),
         (["soup", "run1", "other", "-o", "soup"], ["other", "run1"]),
         (["soup", "run1", "run2", "-o", "run1"], ["run1"]),
@@ -281,7 +279,6 @@ def test_wrong_usage_exits_2(cli, arguments):
         (["soup", "run1", "-o", "soup", "--shard-size", "-1"], ["-1"]),
         (["soup", "run1", "-o", "soup", "--threads", "0"], ["thread"]),
         (["soup", "run1", "-o", "soup", "--device", "gpu"], ["gpu"]),
-        (["soup", "run1", "--recipe", "r.yaml", "-o", "soup"], ["not both"]),
         (["soup", "--recipe", "missing.yaml", "-o", "soup"], ["missing.yaml"]),
         (["soup", "--recipe", "bad.yaml", "-o", "soup"], ["bad.yaml"]),
         (["soup", "--recipe", "run1/model.safetensors", "-o", "soup"], ["model.safetensors"]),
@@ -303,6 +300,22 @@ def test_an_error_is_one_sentence_on_standard_error_and_leaves_nothing(cli, tmp_
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     assert_one_sentence(cli(*arguments), *parts)
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["soup"], "Name the checkpoints"),
+        (["soup", "run1"], "-o"),
+        (["soup", "run1", "--recipe", "r.yaml", "-o", "soup"], "not both"),
+        (["greedy"], "Name the checkpoints"),
+        (["greedy", "run1", "run2", "-o", "soup"], "--score"),
+        (["greedy", "run1", "run2", "--score", "true"], "-o"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(cli, tmp_path, arguments, part):
+    assert_one_sentence(cli(*arguments), part, "--help", code=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_newlines_in_tensor_names_do_not_break_the_line(cli, tmp_path):

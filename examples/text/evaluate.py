@@ -1,6 +1,6 @@
 """Print the accuracy of one checkpoint, in per cent, as the last line: the scorer of the greedy soups.
 
-    python examples/text/evaluate.py --model FOLDER [--split validation|test]
+python examples/text/evaluate.py --model FOLDER [--split validation|test]
 """
 
 from __future__ import annotations

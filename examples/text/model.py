@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+TRAINING_NAME = "trainer_state.json"
+
 
 class Classifier(nn.Module):
     """Classify sequences of tokens.
@@ -35,7 +37,8 @@ class Classifier(nn.Module):
         super().__init__()
         width = config["hidden_size"]
         self.embeddings = _Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_Layer(config) for _ in range(config["num_hidden_layers"]))})
+        layers = nn.ModuleList(_Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.encoder = nn.ModuleDict({"layer": layers})
         # Unused and never trained: kept, so that `transformers` finds all that it expects.
         self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
         self.classifier = nn.Linear(width, classes)
@@ -145,10 +148,10 @@ def save_network(network: Classifier, training: Mapping[str, Any], folder: Path)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
+    for name in ("config.json", *TOKENIZER_FILES):
         shutil.copyfile(pretrained_folder() / name, partial / name)
-    config = _read_config(pretrained_folder()) | {"training": dict(training)}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Its name is the usual one for what describes a run and not the network: streamsoup leaves it out of a soup.
+    (partial / TRAINING_NAME).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     save_file(network.state_dict(), partial / "model.safetensors", metadata={"format": "pt"})
     os.replace(partial, folder)
 

@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "greedy",
         help="average those checkpoints that help, by a held-out score",
-        description="Sort checkpoints by held-out score, and keep each one whose addition does not lower the soup's. A "
-        "trial reads one checkpoint and the running sum, whatever was kept before.",
+        description="Sort checkpoints by held-out score, and keep each one whose addition does not lower the\n"
+        "soup's. A trial reads one checkpoint and the running sum, whatever was kept before.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -150,15 +150,15 @@ def _remove_workdir(folder: Path) -> None:
 
 def _job(args: argparse.Namespace) -> GreedyJob:
     from streamsoup.checkpoints import expand_paths
-    from streamsoup.errors import RecipeError
+    from streamsoup.cli.guard import UsageError
     from streamsoup.greedy_options import make_job
 
     if not args.ingredients:
-        raise RecipeError("Name the checkpoints to choose from.")
+        raise UsageError("Name the checkpoints to choose from.")
     if not args.score and not args.dry_run:
-        raise RecipeError("Say how to score a checkpoint: --score COMMAND.")
+        raise UsageError("Say how to score a checkpoint: --score COMMAND.")
     if not args.output and not args.dry_run:
-        raise RecipeError("Say where the soup goes: -o FOLDER.")
+        raise UsageError("Say where the soup goes: -o FOLDER.")
     paths = expand_paths(args.ingredients)
     order, own_scores = _order(args.order, paths)
     options = {

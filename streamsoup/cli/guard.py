@@ -23,6 +23,11 @@ from streamsoup.errors import StreamsoupError
 _PR_SET_PDEATHSIG = 1
 _SAME_CTRL_C_SECONDS = 0.5
 
+
+class UsageError(StreamsoupError):
+    """The command line does not say what is needed."""
+
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -107,6 +112,8 @@ def _run(args: argparse.Namespace) -> int:
     run: Command = args.run
     try:
         return run(args)
+    except UsageError as error:
+        return _failed(args, error, f"{error} See `streamsoup {args.command} --help`.", code=2)
     except StreamsoupError as error:
         return _failed(args, error, str(error))
     except KeyboardInterrupt as error:

@@ -97,16 +97,16 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    from streamsoup.cli.guard import UsageError
     from streamsoup.cli.progress import make_progress
     from streamsoup.cook import cook, plan_soup, resume
-    from streamsoup.errors import RecipeError
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
     with make_progress(quiet=args.quiet or args.json) as progress:
         execution = _execution(args, progress)
         if args.resume:
             if args.ingredients or args.recipe or args.output or args.dry_run:
-                raise RecipeError("--resume takes everything from the interrupted run; give it alone.")
+                raise UsageError("--resume takes everything from the interrupted run; give it alone.")
             result = resume(args.resume, execution, nonfinite=args.nonfinite)
         else:
             recipe = _recipe(args)
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
                 _print_plan(plan, recipe, mode, execution, args)
                 return 0
             if not args.output:
-                raise RecipeError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
+                raise UsageError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
             result = cook(recipe, args.output, execution)
     _print_result(result, args)
     return 0
@@ -154,7 +154,7 @@ def _execution(args: argparse.Namespace, progress: Any) -> Execution:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from streamsoup.checkpoints import expand_paths
-    from streamsoup.errors import RecipeError
+    from streamsoup.cli.guard import UsageError
     from streamsoup.recipe import make_recipe, read_recipe
 
     options: dict[str, Any] = {
@@ -169,11 +169,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     }
     if args.recipe:
         if args.ingredients:
-            raise RecipeError("Give checkpoints or --recipe, not both.")
+            raise UsageError("Give checkpoints or --recipe, not both.")
         recipe: Recipe = dataclasses.replace(read_recipe(args.recipe), **options)
         return dataclasses.replace(recipe, normalize=False) if args.coefficients else recipe
     if not args.ingredients:
-        raise RecipeError("Name the checkpoints to average, or a recipe with --recipe.")
+        raise UsageError("Name the checkpoints to average, or a recipe with --recipe.")
     pairs = [_split_weight(text) for text in args.ingredients]
     paths = [path for path, _ in pairs]
     weights: list[float] | None = [1.0 if weight is None else weight for _, weight in pairs]
