@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Make a virtual environment with pinned packages and run one thing in it. Needs Python 3.11 or newer, nothing else.
 
-    python3 dev.py demo     fine-tune a pool of small classifiers on real digits, and soup them
-    python3 dev.py test     the tests
-    python3 dev.py check    lint and types
-    python3 dev.py examples the other examples
-    python3 dev.py slow     the tests that take minutes
+python3 dev.py demo     fine-tune a pool of small classifiers on real digits, and soup them
+python3 dev.py test     the tests
+python3 dev.py check    lint and types
+python3 dev.py examples the other examples
+python3 dev.py slow     the tests that take minutes
 """
 
 from __future__ import annotations
