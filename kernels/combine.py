@@ -12,12 +12,10 @@ __all__ = ["combine", "combine_wide", "digest", "read_sum"]
 
 
 @cache
-def _prepared() -> tuple[Any, Any, int, Any, Any]:
+def _prepared() -> tuple[Any, Any, Any, Any]:
     from . import native
 
-    tables = decode_tables()
-    reals, integers = encoder_parameters()
-    return native.combine_loop(), cache(native.division), tables.ctypes.data, reals, integers
+    return native.combine_loop(), cache(native.division), *encoder_parameters()
 
 
 @cache
@@ -76,12 +74,12 @@ def combine(
     Memory: 48 KiB, and 4 KiB for a block that is not finite; each source byte is read from memory once.
     All arrays must be C-contiguous and writable; releases the GIL. Source: own.
     """
-    loop, division, tables, reals, integers = _prepared()
+    loop, division, reals, integers = _prepared()
     reciprocal, mode = division(divisor)
     return int(
         loop(
             sources, codes, weights, divisor, reciprocal, mode, elements, first_block, out, out_code,
-            hashed, digests, nonfinite, tables, reals, integers,
+            hashed, digests, nonfinite, reals, integers,
         )
     )  # fmt: skip
 

@@ -23,10 +23,12 @@ __all__ = [
     "load_u16",
     "load_u32",
     "load_u64",
+    "ones",
     "store_u8",
     "store_u16",
     "store_u32",
     "store_u64",
+    "trailing_zeros",
 ]
 
 
@@ -70,6 +72,26 @@ def _caster(source: Any, target: Any, kind: Any) -> Any:
         return target(source), generate
 
     return cast
+
+
+@intrinsic
+def ones(typingctx: Any, bits: Any) -> Any:
+    """Return how many bits are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, bits: Any) -> Any:
+    """Return the number of the lowest bit set, 64 for none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
 
 
 WORD = ir.IntType(64)

@@ -9,10 +9,10 @@ import numba
 import numpy as np
 
 from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE, PAIR
+from .finishing import finish, move_bytes
 from .hashing import block_digest
 from .inspection import canonical_nans, mark_bad
 from .lanes import as_bits, load_f16, load_f32, load_f64, load_u8, load_u16, store_u64
-from .native import encode_f8, finish, move_bytes
 from .pairs import add_pairs, divide_pairs, round_scaled, scale_of, split, times, to_odd
 from .rounding import MULTIPLY
 
@@ -137,10 +137,8 @@ def build_wide(signature: Any, stamp: int) -> Any:
             goal = np.uint64(spare.ctypes.data) if in_place else target
             held = np.uint64(acc.ctypes.data)
             found = _quotients(count, s_high, s_low, plain, marks, scale, divisor, divisor_low, out_code, acc, goal)
-            if out_code < F64:
-                found = finish(held, count, goal, out_code, 1.0, 1.0, MULTIPLY)
-            elif F64 < out_code < PAIR:
-                found = encode_f8(held, count, goal, out_code - 4, reals, integers)
+            if out_code != F64 and out_code != PAIR:
+                found = finish(held, count, goal, out_code, 1.0, 1.0, MULTIPLY, reals, integers)
             if found:
                 if out_code <= F64:
                     canonical_nans(goal, out_code, count)
@@ -153,6 +151,8 @@ def build_wide(signature: Any, stamp: int) -> Any:
                     overflowed += np.int64(clean[j]) & ~np.int64(marks[j])
             if in_place:
                 move_bytes(goal, target, count * out_size)
+        # numba frees an array after its last use, and an address is no use of it: this keeps the scratch alive.
+        room[0, 0] = spare[0] + scratch[0]
         return overflowed
 
     return loop

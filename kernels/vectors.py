@@ -1,13 +1,8 @@
-"""Vector loops written as LLVM IR: what numba's own loops did not become.
+"""Parts to build vector loops from, as LLVM IR, and the loop of the digest: what numba's own loops did not become.
 
-Each intrinsic is a loop over explicit vectors that LLVM splits into the registers of the machine, so speed does
-not hang on whether the auto-vectoriser can prove that many addresses do not overlap: the digest ran at 34 GB/s
-as a numba loop and at 60 here (Zen 3, one core, data in L1). `accumulate` keeps its sums in registers over all
-sources of a group: float32 at 50 GB/s for 2 sources as for 32. 16-bit sources become float32 in L1 first, so
-that one loop serves all narrow dtypes, mixed ones too; widening in registers, a loop a dtype, made the whole of
-`combine` 3-8 % faster (bfloat16, 32 sources: 10.1 against 9.4 GB/s); dropping the multiplication from that
-loop, for unit weights, took it from 14 to 17 GB/s. Additions keep their order element by element: a vector holds
-different elements, never partial sums.
+Each intrinsic of this kind is a loop over explicit vectors that LLVM splits into the registers of the machine, so
+speed does not hang on whether the auto-vectoriser can prove that many addresses do not overlap: the digest ran at
+34 GB/s as a numba loop and at 60 here (Zen 3, one core, data in L1).
 """
 
 # numba functions cannot be annotated.
@@ -20,13 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["accumulate_f32", "accumulate_f64", "digest_sums", "expand_bf16", "expand_f16"]
+__all__ = ["constant", "digest_sums", "load", "part", "plus", "prefetch", "splat", "store", "vector"]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
-
-LANES = 32
-"""Elements a step of `accumulate`: eight AVX2 registers of accumulators, the most that leave room to work."""
 
 
 def vector(kind: Any, count: int) -> Any:
@@ -52,98 +44,23 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def _bf16(builder: Any, address: Any, count: int) -> Any:
-    """Turn bfloat16 into float32 by putting zeros below each: one shuffle (vpunpcklwd) for eight elements."""
-    half = load(builder, address, vector(I16, count))
-    order = [lane for element in range(count) for lane in (0, count + element)]
-    wide = builder.shuffle_vector(constant(I16, count, 0), half, ir.Constant(vector(I32, 2 * count), order))
-    return builder.bitcast(wide, vector(F32, count))
+def part(builder: Any, whole: Any, first: int, count: int) -> Any:
+    """Take `count` lanes of a vector from the one numbered `first`."""
+    lanes = ir.Constant(vector(I32, count), list(range(first, first + count)))
+    return builder.shuffle_vector(whole, whole, lanes)
 
 
-def _f16(builder: Any, address: Any, count: int) -> Any:
-    return builder.fpext(load(builder, address, vector(ir.HalfType(), count)), vector(F32, count))
+def plus(builder: Any, address: Any, nbytes: int) -> Any:
+    return builder.add(address, ir.Constant(I64, nbytes))
 
 
-def _expander(single: Any) -> Any:
-    @intrinsic
-    def expand(typingctx, source, count, stage):
-        """Write `count` 16-bit elements at `source` as float32 at `stage`: exact."""
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for a cache line; an address beyond the mapped memory is no error."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    hint = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+    reading, into_l2, of_data = (ir.Constant(I32, flag) for flag in (0, 2, 1))
+    builder.call(hint, [builder.inttoptr(address, I8.as_pointer()), reading, into_l2, of_data])
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, count, stage = arguments
-
-            def body(begin: Any, steps: Any, width: int) -> None:
-                with cgutils.for_range(builder, steps) as step:
-                    at = builder.add(begin, builder.mul(step.index, ir.Constant(I64, width)))
-                    here = builder.add(source, builder.mul(at, ir.Constant(I64, 2)))
-                    there = builder.add(stage, builder.mul(at, ir.Constant(I64, 4)))
-                    store(builder, single(builder, here, width), there)
-
-            whole = builder.sdiv(count, ir.Constant(I64, 16))
-            done = builder.mul(whole, ir.Constant(I64, 16))
-            body(ir.Constant(I64, 0), whole, 16)
-            body(done, builder.sub(count, done), 1)
-            return context.get_dummy_value()
-
-        return types.void(types.uint64, types.int64, types.uint64), generate
-
-    return expand
-
-
-def _accumulator(held_as: Any) -> Any:
-    @intrinsic
-    def accumulate(typingctx, pointers, first, last, weights, offset, count, acc, fresh):
-        """Add weights[k] * source[k] to the accumulator for first <= k < last, in that order.
-
-        `pointers` and `weights` are addresses of tables, `offset` bytes into every source, `count` elements,
-        `acc` the address of float64 accumulators, `fresh` whether they start at -0.0 (which adds nothing to
-        any number, itself included) rather than at what they hold.
-        """
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointers, first, last, weights, offset, count, acc, fresh = arguments
-            itemsize = 4 if held_as is F32 else 8
-            eight, sources = ir.Constant(I64, 8), builder.sub(last, first)
-            restart = builder.icmp_signed("!=", fresh, ir.Constant(I64, 0))
-
-            def body(begin: Any, steps: Any, parts: int, width: int) -> None:
-                kind, lanes = vector(F64, width), parts * width
-                sums = [cgutils.alloca_once(builder, kind) for _ in range(parts)]
-                with cgutils.for_range(builder, steps) as step:
-                    at = builder.add(begin, builder.mul(step.index, ir.Constant(I64, lanes)))
-                    home = builder.add(acc, builder.mul(at, eight))
-                    inside = builder.add(offset, builder.mul(at, ir.Constant(I64, itemsize)))
-                    for part, one in enumerate(sums):
-                        held = load(builder, builder.add(home, ir.Constant(I64, 8 * width * part)), kind)
-                        builder.store(builder.select(restart, constant(F64, width, -0.0), held), one)
-                    with cgutils.for_range(builder, sources) as source:
-                        entry = builder.mul(builder.add(first, source.index), eight)
-                        base = builder.add(load(builder, builder.add(pointers, entry), I64), inside)
-                        weight = splat(builder, load(builder, builder.add(weights, entry), F64), width)
-                        for part, one in enumerate(sums):
-                            where = builder.add(base, ir.Constant(I64, itemsize * width * part))
-                            value = load(builder, where, vector(held_as, width))
-                            wide = value if value.type == kind else builder.fpext(value, kind)
-                            builder.store(builder.fadd(builder.load(one), builder.fmul(weight, wide)), one)
-                    for part, one in enumerate(sums):
-                        store(builder, builder.load(one), builder.add(home, ir.Constant(I64, 8 * width * part)))
-
-            whole = builder.sdiv(count, ir.Constant(I64, LANES))
-            done = builder.mul(whole, ir.Constant(I64, LANES))
-            body(ir.Constant(I64, 0), whole, LANES // 4, 4)
-            body(done, builder.sub(count, done), 1, 1)
-            return context.get_dummy_value()
-
-        i, u = types.int64, types.uint64
-        return types.void(u, i, i, u, i, i, u, i), generate
-
-    return accumulate
-
-
-expand_bf16 = _expander(_bf16)
-expand_f16 = _expander(_f16)
-accumulate_f32 = _accumulator(F32)
-accumulate_f64 = _accumulator(F64)
 
 _STEP = 0x9E3779B97F4A7C15
 _WORDS = 16
