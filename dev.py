@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the last step")
     parser.add_argument("--venv", default=ROOT / ".venv", type=Path, help="where the environment is (.venv)")
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script must say so, whatever runs it
         parser.exit(1, f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.\n")
     extra, steps = COMMANDS[args.command]
     install(args.venv, extra)

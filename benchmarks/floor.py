@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from streamsoup.kernels.combine import read_sum
 
+from streamsoup.kernels.combine import read_sum
 from streamsoup.maps import FileMap
 
 TILE_BYTES = 2 << 20

@@ -1,10 +1,10 @@
 import pytest
 from factory import DTYPES as NUMPY
 from factory import FLOATS
-from streamsoup.kernels import codes
 
 from streamsoup.dtypes import BY_NAME, DTYPES, parse_float_dtype
 from streamsoup.errors import RecipeError
+from streamsoup.kernels import codes
 
 
 def test_codes_are_those_of_the_kernels():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import torch
+
 from streamsoup.kernels import combine as compiled
 from streamsoup.kernels import torch_combine
 from streamsoup.kernels.codes import CANONICAL_NAN, F64, ITEMSIZE

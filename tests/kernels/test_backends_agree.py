@@ -3,6 +3,7 @@ import pytest
 from exact import DTYPES, NAMES, random_finite, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from streamsoup.kernels import combine as compiled
 from streamsoup.kernels.codes import BLOCK, F64, ITEMSIZE, PAIR
 

@@ -19,6 +19,7 @@ from exact import (
     run,
     widened,
 )
+
 from streamsoup.kernels.codes import BF16, CANONICAL_NAN, F8_E4M3, F8_E5M2, F16, F32, F64, ITEMSIZE
 
 ALL = range(8)

@@ -3,6 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from exact import BACKENDS, DTYPES, bits, expected, random_finite, run
+
 from streamsoup.kernels.codes import BF16, F16, F32, F64, PAIR
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ import torch
 from exact import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from streamsoup.kernels import combine as compiled
 from streamsoup.kernels import torch_combine
 from streamsoup.kernels.codes import BLOCK

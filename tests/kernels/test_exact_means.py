@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from streamsoup.kernels import combine as numba_kernels
 from streamsoup.kernels import torch_combine
 from streamsoup.kernels.codes import BF16, F16

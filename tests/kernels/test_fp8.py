@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 from exact import DTYPES, NAMES
+
 from streamsoup.kernels.fp8 import FORMATS, decode, decode_tables
 
 
