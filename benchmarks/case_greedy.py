@@ -1,4 +1,4 @@
-"""A greedy soup with a trivial score, against two hand-written loops in torch."""
+"""A greedy soup with a trivial score, against two hand-written loops in torch; all keep the candidate in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,28 @@ ACCEPTED = [i % 2 == 0 for i in range(15)]
 
 _GREEDY = """
 import sys, json, time
+import torch
 import streamsoup
 paths, out = sys.argv[2:], sys.argv[1]
+
+
+class Live(torch.nn.Module):
+    # A live module with the checkpoints' tensors: each candidate is streamed into it.
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self, **_):
+        return self.tensors
+
+
+first = streamsoup.RunningSoup(paths[0], budget_bytes="8GiB").alone(paths[0]).tensors()
+live = Live({name: torch.empty_like(tensor) for name, tensor in first.items()})
 answers = iter(json.loads(sys.stdin.read()))
 state = {"best": 1.0}
 def score(candidate):
     if len(candidate.members) > 1:
-        candidate.write(out + "-candidate")
+        candidate.load_into(live)
         if next(answers):
             state["best"] += 1.0
             return state["best"]
@@ -37,7 +52,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "kept": len(result.mem
 
 
 def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
-    """Each loop makes every candidate whole; ours writes each to disk as well."""
+    """Each loop makes every candidate whole, in memory; ours in the tensors of a live module."""
     paths = make_checkpoints("vit-50m" if small else "vit-g-463m", folder / "runs", ingredients=16)
     warm(path / "model.safetensors" for path in paths)
     script = folder / "greedy.py"

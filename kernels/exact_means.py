@@ -15,16 +15,15 @@ its time: 8 bfloat16 sources at 29 GB/s, division and rounding included, against
 
 from typing import Any
 
-import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .codes import BF16, F16
+from .digest_vectors import SLOT, absorb, counters
 from .rounding import MULTIPLY
-from .vectors import F32, I16, I32, I64, constant, load, part, plus, prefetch, splat, store, vector
+from .vectors import F32, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
 __all__ = ["LANES", "limits", "mean_bf16", "mean_f16"]
 
@@ -32,36 +31,37 @@ LANES = 32
 """Elements that are proved, or not, together: a cache line of each source."""
 
 _SINGLES, _WORDS, _SHORTS = vector(F32, 8), vector(I32, 8), vector(I16, 16)
-_TOP = np.int64(0xFFFF0000)
 
 
-@numba.njit(nogil=True)
-def limits(sources, code, divisor):
-    """Return what `mean` needs to know of a mean of `sources` numbers, in 16-bit patterns.
+def limits(sources: int, code: int, divisor: float) -> tuple[int, int, int]:
+    """Return what `mean` needs to know of a mean of numbers of one dtype, in 16-bit patterns.
+
+    Parameters
+    ----------
+    sources, code : int
+        How many numbers an element is the mean of, and their dtype.
+    divisor : float
 
     Returns
     -------
     gap : int
         How far the smallest magnitude may lie below the largest; 0 where the method does not apply.
     top, bottom : int
-        The largest magnitude that neither overflows nor comes close, and the smallest whose quotients are normal.
+        The largest magnitude that cannot overflow, and the smallest whose quotients are normal.
     """
     size = abs(divisor)
-    if size < 1.0 or size >= 4096.0 or size != np.floor(size) or (code != BF16 and code != F16):
+    if code not in (BF16, F16) or not (1.0 <= size < 4096.0 and size.is_integer()):
         return 0, 0, 0
-    bits = 0
-    while (1 << bits) < sources:
-        bits += 1
-    # Fewer than four exponents hardly ever suffice: 2**12 sources of bfloat16, 2**9 of float16.
+    bits = (sources - 1).bit_length()
+    # 24 bits, less those of the mantissa and one, as a number reaches up to twice its power of two.
+    exponents = (16 if code == BF16 else 13) - bits
+    if exponents < 4:
+        # Hardly ever enough: more than 2**12 sources of bfloat16, 2**9 of float16.
+        return 0, 0, 0
     if code == BF16:
-        # 24 - 7 mantissa bits - 1, as a number reaches up to twice its power of two.
-        gap = 16 - bits
-        return (gap << 7 if gap >= 4 else 0), (253 - bits) << 7, 21 << 7
-    gap = 13 - bits
-    room = 0
-    while 2.0 ** (room + 1) <= size:
-        room += 1
-    return (gap << 10 if gap >= 4 else 0), min(31, 30 - bits + room) << 10, 0
+        return exponents << 7, (253 - bits) << 7, 21 << 7
+    room = int(size).bit_length() - 1
+    return exponents << 10, min((30 - bits + room) << 10, 0x7BFF), 0
 
 
 def _read_bf16(builder: Any, word: Any) -> list[Any]:
@@ -113,23 +113,41 @@ def _unproved(builder: Any, most: list[Any], least: list[Any], gap: Any, top: An
     return builder.icmp_unsigned("!=", builder.bitcast(broken, ir.IntType(256)), ir.Constant(ir.IntType(256), 0))
 
 
+def _keep(builder: Any, rows: list[Any], state: Any, loading: bool) -> None:
+    """Load the registers of a step from `state`, or store them there."""
+    for number, one in enumerate(rows):
+        where = plus(builder, state, 32 * number)
+        if loading:
+            builder.store(load(builder, where, one.type.pointee), one)
+        else:
+            store(builder, builder.load(one), where)
+
+
 def _maker(read: Any, write: Any) -> Any:
     @intrinsic
-    def mean(typingctx, pointers, sources, offset, steps, out, divisor, reciprocal, mode, gap, top, bottom, ahead):
-        """Write the means of `steps` (at most 64) times LANES elements, and return a bit for each unproved step.
+    def mean(
+        typingctx, pointers, sources, offset, steps, out, divisor, reciprocal, mode, gap, top, bottom,
+        state, fresh, last, slots,
+    ):  # fmt: skip
+        """Add sources to the sums of `steps` (at most 64) times LANES elements; with the last ones, write the means.
 
-        `pointers` is the address of the sources' addresses, `offset` in bytes; the output of an unproved step is
-        void. What lies `ahead` bytes further is fetched into the cache.
+        `pointers` is the address of the sources' addresses, `offset` in bytes. Sums and extremes wait at `state`
+        (256 bytes a step) for the next sources, unless these are both the first (`fresh`) and the `last`.
+        `slots`, where not zero, is the address of the sources' digest sums. Returns a bit for each step that is
+        not proved: its output is void.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointers, sources, offset, steps, out, divisor, reciprocal, mode, gap, top, bottom, ahead = arguments
+            pointers, sources, offset, steps, out, divisor, reciprocal, mode, *rest = arguments
+            bounds, (state, fresh, last, slots) = rest[:3], rest[3:]
             sums = [cgutils.alloca_once(builder, _SINGLES) for _ in range(4)]
             most, least = ([cgutils.alloca_once(builder, _SHORTS) for _ in range(2)] for _ in range(2))
+            rows = [*sums, *most, *least]
             failed = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
             by, inverse = (splat(builder, builder.fptrunc(x, F32), 8) for x in (divisor, reciprocal))
-            bounds = [splat(builder, builder.trunc(x, I16), 16) for x in (gap, top, bottom)]
+            bounds = [splat(builder, builder.trunc(x, I16), 16) for x in bounds]
             exact = builder.icmp_signed("==", mode, ir.Constant(I64, MULTIPLY))
+            fresh, last, hashing = (builder.icmp_signed("!=", x, ir.Constant(I64, 0)) for x in (fresh, last, slots))
 
             def add(base: Any) -> None:
                 for number in range(2):
@@ -142,21 +160,18 @@ def _maker(read: Any, write: Any) -> Any:
                     below = builder.sub(size, constant(I16, 16, 1))
                     builder.store(_smaller(builder, builder.load(least[number]), below), least[number])
 
-            with cgutils.for_range(builder, steps) as step:
-                at = builder.mul(step.index, ir.Constant(I64, 2 * LANES))
-                inside = builder.add(offset, at)
+            def begin(home: Any) -> None:
                 for one in sums:
                     builder.store(constant(F32, 8, -0.0), one)
-                for number in range(2):
-                    builder.store(constant(I16, 16, 0), most[number])
-                    builder.store(constant(I16, 16, 0xFFFF), least[number])
-                with cgutils.for_range(builder, sources) as source:
-                    entry = builder.add(pointers, builder.mul(source.index, ir.Constant(I64, 8)))
-                    base = builder.add(load(builder, entry, I64), inside)
-                    prefetch(builder, builder.add(base, ahead))
-                    add(base)
+                for high, low in zip(most, least, strict=True):
+                    builder.store(constant(I16, 16, 0), high)
+                    builder.store(constant(I16, 16, 0xFFFF), low)
+                with builder.if_then(builder.not_(fresh)):
+                    _keep(builder, rows, home, True)
+
+            def finish(step: Any, at: Any) -> None:
                 bad = _unproved(builder, *([builder.load(one) for one in row] for row in (most, least)), *bounds)
-                flag = builder.shl(builder.zext(bad, I64), step.index)
+                flag = builder.shl(builder.zext(bad, I64), step)
                 builder.store(builder.or_(builder.load(failed), flag), failed)
                 with builder.if_else(exact) as (multiply, divide):
                     with multiply:
@@ -168,10 +183,28 @@ def _maker(read: Any, write: Any) -> Any:
                 for number in range(2):
                     word = write(builder, [builder.load(one) for one in sums[2 * number : 2 * number + 2]])
                     store(builder, word, builder.add(out, plus(builder, at, 32 * number)))
+
+            with cgutils.for_range(builder, steps) as step:
+                at = builder.mul(step.index, ir.Constant(I64, 2 * LANES))
+                home = builder.add(state, builder.mul(step.index, ir.Constant(I64, 256)))
+                numbers = counters(builder, builder.mul(step.index, ir.Constant(I64, LANES // 4)), 2)
+                begin(home)
+                with cgutils.for_range(builder, sources) as source:
+                    entry = builder.add(pointers, builder.mul(source.index, ir.Constant(I64, 8)))
+                    base = builder.add(load(builder, entry, I64), builder.add(offset, at))
+                    with builder.if_then(hashing):
+                        slot = builder.add(slots, builder.mul(source.index, ir.Constant(I64, SLOT)))
+                        absorb(builder, base, numbers, slot)
+                    add(base)
+                with builder.if_else(last) as (write_out, wait):
+                    with write_out:
+                        finish(step.index, at)
+                    with wait:
+                        _keep(builder, rows, home, False)
             return builder.load(failed)
 
         i, u, f = types.int64, types.uint64, types.float64
-        return u(u, i, i, i, u, f, f, i, i, i, i, i), generate
+        return u(u, i, i, i, u, f, f, i, i, i, i, u, i, i, u), generate
 
     return mean
 

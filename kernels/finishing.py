@@ -11,7 +11,7 @@ from .inspection import canonical_nans, mark_bad
 from .lanes import as_bits, as_float, load_f64, load_u8, load_u64, store_u8, store_u64
 from .rounding import finish_bf16, finish_f16, finish_f32, finish_f64
 
-__all__ = ["encode_f8", "finish", "inspect", "move_bytes"]
+__all__ = ["encode_f8", "finish", "inspect", "move_bytes", "only_second"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 
@@ -50,8 +50,10 @@ def encode_f8(acc, count, out, row, reals, integers):
 
 
 @numba.njit(nogil=True, inline="always")
-def finish(acc, count, out, out_code, divisor, reciprocal, mode, reals, integers):
+def finish(acc, count, out, out_code, division, encoder):
     """Divide and round accumulators, and tell whether a result is not finite; 8-bit outputs spoil `acc`."""
+    divisor, reciprocal, mode = division
+    reals, integers = encoder
     if out_code == BF16:
         return finish_bf16(acc, count, out, divisor, reciprocal, mode)
     if out_code == F16:
@@ -64,22 +66,32 @@ def finish(acc, count, out, out_code, divisor, reciprocal, mode, reals, integers
     return encode_f8(acc, count, out, out_code - 4, reals, integers)
 
 
-@numba.njit(nogil=True)
-def inspect(sources, codes, begin, count, out, out_code, nonfinite):
-    """Count what is not finite in one block, and return where only the output is; NaNs become canonical."""
-    marks = np.zeros(BLOCK, dtype=np.uint8)
+@numba.njit(nogil=True, inline="always")
+def inspect(sources, codes, begin, count, out, out_code, nonfinite, marks):
+    """Count what is not finite in one block, and return where only the output is; NaNs become canonical.
+
+    `marks` is the address of two blocks of bytes.
+    """
+    clean = marks + np.uint64(BLOCK)
+    for j in range(2 * BLOCK):
+        store_u8(marks + np.uint64(j), np.uint64(0))
     for k in range(len(sources)):
         code = np.int64(codes[k])
         where = sources[k] + np.uint64(begin * _SIZES[code])
         nonfinite[k] += mark_bad(where, code, count, marks)
     if out_code <= F64:
         canonical_nans(out, out_code, count)
-    clean = np.zeros(BLOCK, dtype=np.uint8)
     mark_bad(out, out_code, count, clean)
-    overflowed = np.int64(0)
+    return only_second(marks, clean, count)
+
+
+@numba.njit(nogil=True)
+def only_second(marks, clean, count):
+    """Return how many of `count` bytes are set at `clean` and not at `marks`."""
+    found = np.int64(0)
     for j in range(count):
-        overflowed += np.int64(clean[j]) & ~np.int64(marks[j])
-    return overflowed
+        found += np.int64(load_u8(clean + np.uint64(j)) & ~load_u8(marks + np.uint64(j)))
+    return found
 
 
 @numba.njit(nogil=True)

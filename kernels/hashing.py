@@ -6,10 +6,10 @@
 import numba
 import numpy as np
 
-from .lanes import load_u8, load_u64
-from .vectors import digest_sums
+from .digest_vectors import digest_sums
+from .lanes import load_u8, load_u64, store_u64
 
-__all__ = ["block_digest", "mix"]
+__all__ = ["block_digest", "mix", "settle"]
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _INDEX = np.uint64(0xBF58476D1CE4E5B9)
@@ -28,15 +28,10 @@ def mix(value):
 
 
 @numba.njit(nogil=True)
-def block_digest(address, nbytes, block):
-    """Return the digest of one block of `nbytes` bytes at `address` whose number in its tensor is `block`.
-
-    The products are 32 by 32 bits (vpmuludq); s2 is there because a product forgets the low half of a word
-    whenever the high half is zero.
-    """
+def _finish(s1, s2, address, nbytes, first, block):
+    """Complete the sums with the words from number `first`, and return the digest."""
     words = nbytes >> 3
-    s1, s2 = digest_sums(address, words)  # type: ignore[call-arg]
-    for j in range(words & ~np.int64(15), words):
+    for j in range(first, words):
         word = load_u64(address + np.uint64(8) * np.uint64(j))
         a = word + (np.uint64(j) + np.uint64(1)) * _STEP
         s1 += (a & _LOW) * (a >> _S32)
@@ -51,3 +46,28 @@ def block_digest(address, nbytes, block):
         s1 += (a & _LOW) * (a >> _S32)
         s2 += word
     return mix(s1 ^ mix(s2 + (np.uint64(block) + np.uint64(1)) * _INDEX))
+
+
+@numba.njit(nogil=True)
+def block_digest(address, nbytes, block):
+    """Return the digest of one block of `nbytes` bytes at `address` whose number in its tensor is `block`.
+
+    The products are 32 by 32 bits (vpmuludq); s2 is there because a product forgets the low half of a word
+    whenever the high half is zero.
+    """
+    words = nbytes >> 3
+    s1, s2 = digest_sums(address, words)  # type: ignore[call-arg]
+    return _finish(s1, s2, address, nbytes, words & ~np.int64(15), block)
+
+
+@numba.njit(nogil=True)
+def settle(slot, address, nbytes, words, block):
+    """Return the same digest where `absorb` has added the first `words` words at `slot`, and empty the slot."""
+    s1, s2 = np.uint64(0), np.uint64(0)
+    for lane in range(4):
+        here = slot + np.uint64(8 * lane)
+        s1 += load_u64(here)
+        s2 += load_u64(here + np.uint64(32))
+        store_u64(here, np.uint64(0))
+        store_u64(here + np.uint64(32), np.uint64(0))
+    return _finish(s1, s2, address, nbytes, words, block)

@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from .codes import CANONICAL_NAN, ITEMSIZE, NONFINITE_MASK, NONFINITE_VALUE
-from .lanes import load_u8, load_u16, load_u32, load_u64, store_u16, store_u32, store_u64
+from .lanes import load_u8, load_u16, load_u32, load_u64, store_u8, store_u16, store_u32, store_u64
 
 __all__ = ["canonical_nans", "is_bad", "mark_bad"]
 
@@ -34,12 +34,12 @@ def is_bad(address, code):
 
 @numba.njit(nogil=True)
 def mark_bad(address, code, count, marks):
-    """Set marks[j] where element j is not finite, and return how many are."""
+    """Set byte j at the address `marks` where element j is not finite, and return how many are."""
     found = 0
     size = np.uint64(_SIZES[code])
     for j in range(count):
         if is_bad(address + np.uint64(j) * size, code):
-            marks[j] = 1
+            store_u8(marks + np.uint64(j), np.uint64(1))
             found += 1
     return found
 

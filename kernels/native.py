@@ -12,16 +12,18 @@ from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-from .blocks import GROUP, PAUSE, ROOM, block_part, digest_sources, means, survey
+from .blocks import MARKS, PAUSE, PLACES, SLOTS, SPARE, STAGE, block_part, digest_rest, means, survey
 from .codes import BLOCK, ITEMSIZE
-from .exact_means import LANES
+from .digest_vectors import SLOT
+from .exact_means import LANES, limits
 from .finishing import inspect, move_bytes
 from .hashing import block_digest
 from .lanes import load_u8, load_u64, ones, trailing_zeros
 from .rounding import DIVIDE, MULTIPLY
 
-__all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "sum_loop", "wide_loop"]
+__all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "limits", "scratch", "sum_loop", "wide_loop"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
@@ -60,10 +62,21 @@ def division(divisor: float) -> tuple[float, int]:
     return 1.0, DIVIDE
 
 
+def scratch(sources: int) -> NDArray[np.uint8]:
+    """Return the memory that the loop of `combine` works in.
+
+    The caller holds it: numba frees an array of its own after the last use, and taking the address is no use.
+    """
+    room = np.empty(SLOTS + SLOT * sources, np.uint8)
+    room[SLOTS:] = 0
+    return room
+
+
 _U8, _I64, _U64, _F64 = (numba.types.Array(t, 1, "C") for t in (numba.u1, numba.i8, numba.u8, numba.f8))
 _COMBINE = numba.i8(
     _U64, _U8, _F64, numba.f8, numba.f8, numba.i8, numba.i8, numba.i8, numba.u8, numba.i8,
     _U8, _U64, _I64, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"),
+    numba.i8, numba.i8, numba.i8, _U8,
 )  # fmt: skip
 
 
@@ -83,26 +96,25 @@ def _build_combine(stamp: int) -> Any:
     @numba.njit(_COMBINE, nogil=True, cache=True, error_model="numpy")
     def loop(
         sources, codes, weights, divisor, reciprocal, mode, elements, first_block, out, out_code,
-        hashed, digests, nonfinite, reals, integers,
+        hashed, digests, nonfinite, reals, integers, gap, top, bottom, room,
     ):  # fmt: skip
         overflowed = np.int64(stamp) & 0
-        room = np.empty(ROOM, dtype=np.float64)
-        places = np.empty(GROUP, dtype=np.uint64)
-        scratch = np.uint64(room.ctypes.data), np.uint64(places.ctypes.data)
-        spare = scratch[0] + np.uint64(8 * (ROOM - BLOCK))
-        out_size = _SIZES[out_code]
-        in_place, unit, bounds = survey(sources, codes, weights, divisor, out, out_code)
+        acc = np.uint64(room.ctypes.data)
+        spare, scratch = acc + np.uint64(SPARE), (acc + np.uint64(STAGE), acc + np.uint64(PLACES))
+        division, encoder, bounds = (divisor, reciprocal, mode), (reals, integers), (gap, top, bottom)
+        in_place, digesting, plain = survey(sources, codes, weights, out, out_code, hashed)
+        digest_slots = acc + np.uint64(SLOTS) if digesting else np.uint64(0)
         rest = 0
         for block in range((elements + BLOCK - 1) // BLOCK):
             begin = block * BLOCK
             count = min(BLOCK, elements - begin)
-            digest_sources(sources, codes, begin, count, first_block + block, hashed, digests)
-            target = out + np.uint64(begin * out_size)
+            target = out + np.uint64(begin * _SIZES[out_code])
             goal = spare if in_place else target
-            found, failed, done = np.int64(0), np.uint64(0), 0
-            if bounds[0] and rest == 0:
+            found, failed, done, slots = np.int64(0), np.uint64(0), 0, digest_slots
+            if plain and gap and rest == 0:
                 done = count // LANES
-                failed = means(sources, out_code, begin, done, goal, divisor, reciprocal, mode, bounds)
+                failed = means(sources, out_code, begin, done, goal, division, bounds, acc, slots)
+                slots = np.uint64(0)
                 # Where the proof fails for most, it is not worth its time; the bits are the same either way.
                 rest = PAUSE if 2 * ones(failed) > done else 0
             else:
@@ -115,28 +127,15 @@ def _build_combine(stamp: int) -> Any:
                     start, length = LANES * done, count - LANES * done
                 failed &= failed - np.uint64(1)
                 found |= block_part(
-                    sources,
-                    codes,
-                    weights,
-                    unit,
-                    begin,
-                    start,
-                    length,
-                    goal,
-                    out_code,
-                    divisor,
-                    reciprocal,
-                    mode,
-                    scratch,
-                    reals,
-                    integers,
-                )
+                    sources, codes, weights, begin, start, length, goal, out_code, division, acc, scratch,
+                    slots, encoder,
+                )  # fmt: skip
+            if digesting:
+                digest_rest(sources, codes, begin, count, first_block + block, hashed, digests, digest_slots)
             if found:
-                overflowed += inspect(sources, codes, begin, count, goal, out_code, nonfinite)
+                overflowed += inspect(sources, codes, begin, count, goal, out_code, nonfinite, acc + np.uint64(MARKS))
             if in_place:
-                move_bytes(goal, target, count * out_size)
-        # numba frees an array after its last use, and an address is no use of it: this keeps the scratch alive.
-        room[0] = places[0]
+                move_bytes(goal, target, count * _SIZES[out_code])
         return overflowed
 
     return loop

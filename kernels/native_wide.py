@@ -122,7 +122,7 @@ def build_wide(signature: Any, stamp: int) -> Any:
                 where = sources[k] + np.uint64(begin * _SIZES[code])
                 if hashed[k]:
                     digests[k] += block_digest(where, count * _SIZES[code], first_block + block)
-                nonfinite[k] += mark_bad(where, code, count, marks)
+                nonfinite[k] += mark_bad(where, code, count, np.uint64(marks.ctypes.data))
                 _widen(where, code, count, high, low, tables, scratch)
                 for j in range(count):
                     scale[j] = max(scale[j], abs(high[j]))
@@ -138,7 +138,7 @@ def build_wide(signature: Any, stamp: int) -> Any:
             held = np.uint64(acc.ctypes.data)
             found = _quotients(count, s_high, s_low, plain, marks, scale, divisor, divisor_low, out_code, acc, goal)
             if out_code != F64 and out_code != PAIR:
-                found = finish(held, count, goal, out_code, 1.0, 1.0, MULTIPLY, reals, integers)
+                found = finish(held, count, goal, out_code, (1.0, 1.0, MULTIPLY), (reals, integers))
             if found:
                 if out_code <= F64:
                     canonical_nans(goal, out_code, count)
@@ -146,13 +146,13 @@ def build_wide(signature: Any, stamp: int) -> Any:
                     for j in range(2 * count):
                         canonical_nans(goal + np.uint64(8 * j), F64, 1)
                 clean[:] = 0
-                mark_bad(goal, out_code, count, clean)
+                mark_bad(goal, out_code, count, np.uint64(clean.ctypes.data))
                 for j in range(count):
                     overflowed += np.int64(clean[j]) & ~np.int64(marks[j])
             if in_place:
                 move_bytes(goal, target, count * out_size)
         # numba frees an array after its last use, and an address is no use of it: this keeps the scratch alive.
-        room[0, 0] = spare[0] + scratch[0]
+        room[0, 0] = spare[0] + scratch[0] + marks[0] + clean[0]
         return overflowed
 
     return loop

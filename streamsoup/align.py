@@ -65,9 +65,8 @@ def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDA
     found_at = theirs.positions()
     positions = [found_at.get(name, -1) for name in mine.names]
     _report_names(first, other, positions, problems)
-    for position, found in enumerate(positions):
-        if found < 0:
-            continue
+    for position in _suspects(mine, theirs, np.array(positions, np.int64)):
+        found = positions[position]
         if (a := mine.shape(position)) != (b := theirs.shape(found)):
             problems.append(
                 f"{mine.names[position]}: shape {b} in {_file(other, found)}, but {a} in {first.path}. "
@@ -82,6 +81,21 @@ def _order(first: Checkpoint, other: Checkpoint, problems: list[str]) -> npt.NDA
     if positions == list(range(len(mine))):
         return None
     return np.array(positions, np.int32)
+
+
+def _suspects(mine: TensorTable, theirs: TensorTable, positions: npt.NDArray[np.int64]) -> list[int]:
+    """Tensors whose shape or kind differs, found with a few array operations: there may be millions in all."""
+    present = np.flatnonzero(positions >= 0)
+    found = positions[present]
+    ranks, other_ranks = np.diff(mine.dim_starts)[present], np.diff(theirs.dim_starts)[found]
+    differs = ranks != other_ranks
+    for axis in range(int(ranks.max(initial=0))):
+        both = (ranks > axis) & (other_ranks > axis)
+        a = mine.dims[mine.dim_starts[:-1][present[both]] + axis]
+        differs[both] |= a != theirs.dims[theirs.dim_starts[:-1][found[both]] + axis]
+    dtypes, other_dtypes = mine.dtypes[present], theirs.dtypes[found]
+    differs |= (dtypes != other_dtypes) & ~(_FLOAT[dtypes] & _FLOAT[other_dtypes])
+    return [int(i) for i in present[differs]]
 
 
 def _same_kinds(mine: TensorTable, theirs: TensorTable) -> bool:

@@ -11,8 +11,8 @@ GENERATIONS = 2
 
 
 def sum_on_disk(pool: Pool, folder: Path | None) -> bool:
-    """Whether the running sum goes to disk: when it takes more than half of the budget."""
-    return folder is not None and pool.sum_bytes > pool.budget_bytes // 2
+    """Whether the running sum goes to a work folder."""
+    return folder is not None and not pool.sum_fits
 
 
 @dataclass(frozen=True, slots=True)

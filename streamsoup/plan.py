@@ -93,12 +93,12 @@ class Plan:
         """Bytes of the plan itself and of what is recorded for each ingredient and tensor."""
         tables = {id(c.table): c.table for c in self.checkpoints}
         packed = sum(t.packed_bytes for t in tables.values())
-        names = {id(t.names): t.names for t in tables.values()}
-        # 49 is sys.getsizeof(""); 8 a pointer in the tuple.
-        text = sum(len(n) + 57 for unique in names.values() for n in unique)
+        # Equal names are one object in all tables (49 is sys.getsizeof("")); each tuple of them has its pointers.
+        text = sum(len(name) + 49 for name in self.table.names)
+        text += 8 * sum(len(names) for names in {id(t.names): t.names for t in tables.values()}.values())
         orders = sum(o.nbytes for o in self.alignment.orders if o is not None)
         digests = 8 * len(self.checkpoints) * len(self.table)
-        return packed + text + orders + digests + 13 * len(self.table)
+        return packed + text + orders + digests + 21 * len(self.table)
 
     @cached_property
     def fingerprint(self) -> str:

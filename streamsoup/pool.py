@@ -25,17 +25,27 @@ from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.write import Sink
 
 SUM_DTYPES = ("float64", "float32")
+SUM_PLACES = ("auto", "host", "disk")
 
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """What all soups of a pool have in common; see `Recipe` and `Execution` for each."""
+    """What all soups of a pool have in common; see `Recipe` and `Execution` for most.
+
+    Attributes
+    ----------
+    sums_dtype : {"float64", "float32"}
+        Of running sums; float32 halves them, and publishing then reads the kept ingredients again.
+    sums : {"auto", "host", "disk"}
+        Where running sums are kept; ``auto``: in memory while they take at most half of the budget.
+    """
 
     dtype: str | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     buffers: str = "identical"
     nonfinite: str = "error"
     sums_dtype: str = "float64"
+    sums: str = "auto"
     budget_bytes: int | None = None
     device: str = "cpu"
     workers: int | None = None
@@ -67,6 +77,8 @@ class Pool:
     def __post_init__(self) -> None:
         if self.options.sums_dtype not in SUM_DTYPES:
             raise RecipeError(f"sums dtype {self.options.sums_dtype!r} is not one of {', '.join(SUM_DTYPES)}.")
+        if self.options.sums not in SUM_PLACES:
+            raise RecipeError(f"sums: {self.options.sums!r} is not one of {', '.join(SUM_PLACES)}.")
         self.backend: Backend = open_backend(self.options.device)
         self.checkpoints: dict[str, Checkpoint] = dict(zip(self.paths, open_checkpoints(self.paths), strict=True))
         self.mode = choose_mode(list(self.checkpoints.values()), self.options.read_mode)
@@ -114,6 +126,13 @@ class Pool:
     def sum_bytes(self) -> int:
         """Bytes of one running sum."""
         return int(self.first.table.elements[self.averaged].sum()) * self.sum_dtype.itemsize
+
+    @property
+    def sum_fits(self) -> bool:
+        """Whether a running sum is to be kept in memory."""
+        if self.options.sums == "auto":
+            return self.sum_bytes <= self.budget_bytes // 2
+        return self.options.sums == "host"
 
     def open(self, path: str) -> Checkpoint:
         """Return a checkpoint of the pool, opening it if it is new."""

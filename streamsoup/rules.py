@@ -173,7 +173,7 @@ class Search:
                     best, changed = score, True
                     kept.add(i)
                     yield Accept(trial)
-            if not changed:
+            if not changed and number > 0:  # the first round does not try the first ingredient again
                 break
 
     def _prune(self, run: int) -> Generator[Step, float, None]:

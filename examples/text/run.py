@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from data import Split, load_split
-from evaluate import accuracy, predict  # before torch: it says how threads shall wait
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that wait shall sleep
 
-# isort: split
 import numpy as np
 import torch
+from data import Split, load_split
+from evaluate import accuracy, predict
 from model import load_network
 from torch import Tensor
 from train import add_options, output_folder, read_training, train_pool

@@ -89,9 +89,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def output_folder(options: argparse.Namespace) -> Path:
-    """Return where everything goes."""
+    """Return the folder that receives everything."""
     out: Path | None = options.out
-    return out or Path(__file__).parent / "out" / f"seed{options.seed}"
+    default = Path(__file__).parent / "out" / f"seed{options.seed}"
+    return out or Path(os.path.relpath(default))  # short, since the commands are shown
 
 
 def main() -> None:

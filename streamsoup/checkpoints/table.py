@@ -21,7 +21,7 @@ class TensorTable:
     names : tuple of str
     dtypes : uint8 array, shape (tensors,)
         Indices into `streamsoup.dtypes.DTYPES`.
-    dims : int64 array
+    dims : int32 array, or int64 where a size needs it
         All shapes, one after the other.
     dim_starts : int32 array, shape (tensors + 1,)
         Where each shape begins in `dims`.
@@ -33,7 +33,7 @@ class TensorTable:
 
     names: tuple[str, ...]
     dtypes: npt.NDArray[np.uint8]
-    dims: npt.NDArray[np.int64]
+    dims: npt.NDArray[np.int32] | npt.NDArray[np.int64]
     dim_starts: npt.NDArray[np.int32]
     shards: npt.NDArray[np.int32]
     begins: npt.NDArray[np.int64]
@@ -53,6 +53,9 @@ class TensorTable:
     @cached_property
     def elements(self) -> npt.NDArray[np.int64]:
         """Number of elements of each tensor; bytes for packed sub-byte dtypes, which are only ever copied."""
+        return self._count_elements()
+
+    def _count_elements(self) -> npt.NDArray[np.int64]:
         counts = np.ones(len(self), np.int64)
         ranks = np.diff(self.dim_starts)
         for axis in range(int(ranks.max(initial=0))):
@@ -63,11 +66,17 @@ class TensorTable:
         counts[packed] = (counts[packed] * bits[packed] + 7) // 8
         return counts
 
-    @cached_property
+    @property
     def nbytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each tensor."""
+        """Bytes of each tensor; made anew at each call, since most tables are asked once."""
         sizes = np.array([d.itemsize for d in DTYPES], np.int64)
-        return self.elements * sizes[self.dtypes]
+        return self._count_elements() * sizes[self.dtypes]
+
+    def largest_count(self) -> float:
+        """Elements of the largest tensor, as a float that cannot overflow; zero sizes count as one."""
+        logarithms = np.log2(np.maximum(self.dims, 1).astype(np.float64))
+        sums = np.concatenate([[0.0], np.cumsum(logarithms)])
+        return float(np.exp2((sums[self.dim_starts[1:]] - sums[self.dim_starts[:-1]]).max(initial=0.0)))
 
     def positions(self) -> dict[str, int]:
         """Map names to positions; made anew at each call, since a dict takes more than all else together."""
@@ -77,7 +86,7 @@ class TensorTable:
     def packed_bytes(self) -> int:
         """Bytes of the arrays (names, shared between equal checkpoints, not counted)."""
         arrays = (self.dtypes, self.dims, self.dim_starts, self.shards, self.begins)
-        return sum(a.nbytes for a in arrays) + 16 * len(self)  # elements and nbytes
+        return sum(a.nbytes for a in arrays)
 
     def same_layout(self, other: TensorTable) -> bool:
         """Whether names and shapes are equal, position by position."""
@@ -97,10 +106,13 @@ def pack(
 ) -> TensorTable:
     """Make a table of lists."""
     ranks = [len(shape) for shape in shapes]
+    dims = np.array([n for shape in shapes for n in shape], np.int64)
+    if dims.max(initial=0) < 2**31:
+        dims = dims.astype(np.int32)
     return TensorTable(
         names=tuple(names),
         dtypes=np.array([d.index for d in dtypes], np.uint8),
-        dims=np.array([n for shape in shapes for n in shape], np.int64),
+        dims=dims,
         dim_starts=np.concatenate([[0], np.cumsum(ranks, dtype=np.int32)]).astype(np.int32),
         shards=np.zeros(len(names), np.int32) if shards is None else np.array(shards, np.int32),
         begins=np.array(begins, np.int64),

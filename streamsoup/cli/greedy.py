@@ -49,6 +49,9 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--candidates", metavar="DIR", help="for candidates, such as a RAM disk (default: in the workdir)")
     how.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
     how.add_argument("--sums-dtype", choices=("float64", "float32"), help="of running sums (default: float64)")
+    how.add_argument(
+        "--sums", choices=("auto", "host", "disk"), help="where running sums are kept (default: by the budget)"
+    )
     how.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
     how.add_argument("--buffers", choices=("identical", "first"), help="as in `streamsoup soup`")
     how.add_argument("--nonfinite", choices=("error", "warn", "allow"), help="as in `streamsoup soup`")
@@ -179,6 +182,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         "restarts": args.restarts,
         "dtype": args.dtype,
         "sums_dtype": args.sums_dtype,
+        "sums": args.sums,
         "shard_bytes": args.shard_size,
         "buffers": args.buffers,
         "nonfinite": args.nonfinite,

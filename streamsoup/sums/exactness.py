@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DTYPES
 from streamsoup.maps import bytes_at
 from streamsoup.read import Source
+
+_PLAIN_ABOVE = 400
+_PLAIN_UNIT = -500  # of elements that are at least 2^-448
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ def is_exact(terms: Mapping[str, float], extents: Mapping[str, Extent], *, digit
         unit = np.minimum(unit, extent.unit + float(_lowest_bit(weight)))
     with np.errstate(over="ignore"):
         return bool(np.all(np.log2(np.maximum(total, 1e-300)) <= unit + digits - 1e-9))
+
+
+def is_plain(paths: Iterable[str], extents: Mapping[str, Extent]) -> bool:
+    """Whether double-double sums of these ingredients can be kept between two runs.
+
+    The kernel scales elements beyond 2^±500 while it adds them; a sum that is kept is not scaled, and what overflows or
+    underflows in its low half is lost.
+    """
+    return all(
+        path in extents
+        and bool(np.all(extents[path].above <= _PLAIN_ABOVE))
+        and bool(np.all(extents[path].unit >= _PLAIN_UNIT))
+        for path in paths
+    )
 
 
 def _lowest_bit(weight: float) -> int:

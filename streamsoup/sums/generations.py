@@ -60,6 +60,7 @@ class GenerationStore:
     ) -> None:
         self._folder = folder
         self._table = table
+        self._sizes: list[int] = table.nbytes.tolist()
         self._averaged = averaged
         self._dtype = dtype
         self._backend = backend
@@ -175,7 +176,7 @@ class GenerationStore:
         assert self._next is not None
         name = self._table.names[tensor]
         chunk, inside = divmod(offset, CHUNK_BYTES)
-        full = min(CHUNK_BYTES, int(self._table.nbytes[tensor]))
+        full = min(CHUNK_BYTES, self._sizes[tensor])
         fd = os.open(self._next / name / "c" / str(chunk), os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.ftruncate(fd, full)  # zarr pads the last chunk to the size of all
@@ -200,7 +201,7 @@ class GenerationStore:
     def commit(self, members: Sequence[Sequence[Any]]) -> None:
         """See `SumStore`."""
         assert self._next is not None
-        sizes = {self._table.names[t]: int(self._table.nbytes[t]) for t in np.flatnonzero(self._averaged).tolist()}
+        sizes = {self._table.names[t]: self._sizes[t] for t in np.flatnonzero(self._averaged).tolist()}
         digests = {
             name: {
                 chunk: [min(CHUNK_BYTES, sizes[name] - int(chunk) * CHUNK_BYTES), digest]

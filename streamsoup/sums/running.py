@@ -13,16 +13,16 @@ from typing import Any
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.engine import Outcome
-from streamsoup.errors import RecipeError, ResumeError
+from streamsoup.errors import BudgetError, RecipeError, ResumeError
 from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import OpenFiles, Source, open_source
-from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact
+from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
-from streamsoup.tiling import MIB
+from streamsoup.units import format_binary
 
 _DIGITS = {"SUM64": 53, "SUM32": 24}
 # Weights beyond 2^±100 might overflow a sum whose quotient does not.
@@ -92,14 +92,11 @@ class RunningSoup:
 
     def _make_store(self, folder: str | Path | None) -> SumStore:
         pool = self.pool
-        if folder is None and (needed := pool.sum_bytes + 64 * MIB) > pool.budget_bytes:
-            from streamsoup.errors import BudgetError
-            from streamsoup.units import format_binary
-
+        if folder is None and not pool.sum_fits:
             raise BudgetError(
-                f"The running sum takes {format_binary(pool.sum_bytes)}, more than the budget of "
+                f"The running sum takes {format_binary(pool.sum_bytes)}, more than half the budget of "
                 f"{format_binary(pool.budget_bytes)}. Give it a folder, or a larger budget.",
-                least_bytes=needed,
+                least_bytes=2 * pool.sum_bytes,
             )
         if folder is None:
             pool.budget_bytes -= pool.sum_bytes
@@ -115,8 +112,10 @@ class RunningSoup:
 
     @property
     def is_exact(self) -> bool:
-        """Whether `mean` can be taken from the sum: always in float64, seldom in float32."""
-        if self.pool.options.sums_dtype == "float64":
+        """Whether `mean` can be taken from the sum: mostly in float64, seldom in float32."""
+        if self.pool.sum_dtype.name == "PAIR":
+            return is_plain((m.path for m in self.members), self._extents)
+        if self.pool.sum_dtype.name == "SUM64":
             return True
         return is_exact(self._entered, self._extents, digits=24)
 

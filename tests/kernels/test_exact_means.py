@@ -64,3 +64,28 @@ def test_means_of_16_bit_sources_equal_those_in_float64(code, style, divisor):
         assert np.array_equal(digests, expected[1].numpy().view(np.uint64))
         assert np.array_equal(nonfinite, expected[2].numpy())
         assert overflowed == expected[3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 20])
+@pytest.mark.parametrize("divisor", [1.0, 4.0, 256.0, 4095.0])
+def test_an_infinity_among_the_largest_float16_is_counted(count, divisor):
+    largest, infinity = 0x7BFF, 0x7C00
+    sources = [np.full(64, largest, np.uint16) for _ in range(count)]
+    sources[-1][40] = infinity
+    out = np.empty(64, np.uint16)
+    nonfinite = np.zeros(count, np.int64)
+    numba_kernels.combine(
+        np.array([s.ctypes.data for s in sources], np.uint64),
+        np.full(count, F16, np.uint8),
+        np.ones(count),
+        divisor,
+        64,
+        0,
+        out.ctypes.data,
+        F16,
+        np.zeros(count, np.uint8),
+        np.zeros(count, np.uint64),
+        nonfinite,
+    )
+    assert out[40] == infinity
+    assert nonfinite.tolist() == [0] * (count - 1) + [1]
