@@ -10,7 +10,6 @@ from streamsoup.errors import RecipeError
 from streamsoup.greedy_job import GreedyJob
 from streamsoup.pool import PoolOptions
 from streamsoup.rules import Rule
-from streamsoup.units import parse_bytes
 
 _OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite")
 
@@ -36,9 +35,6 @@ def make_job(
         twice = next(path for path in ingredients if ingredients.count(path) > 1)
         raise RecipeError(f"{twice}: is named twice. Name it once; with rounds it may enter again.")
     given = {name: value for name, value in options.items() if value is not None}
-    for name in ("budget_bytes", "shard_bytes"):
-        if name in given:
-            given[name] = parse_bytes(given[name])
     rule = {f.name: given.pop(f.name) for f in fields(Rule) if f.name in given}
     pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
     job = {name: given.pop(name) for name in _OF_JOB if name in given}

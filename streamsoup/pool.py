@@ -22,6 +22,7 @@ from streamsoup.methods import Coefficients, Linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import Source, choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
+from streamsoup.units import parse_bytes
 from streamsoup.write import Sink
 
 SUM_DTYPES = ("float64", "float32")
@@ -50,6 +51,11 @@ class PoolOptions:
     device: str = "cpu"
     workers: int | None = None
     read_mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "shard_bytes"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse_bytes(value))
 
 
 @dataclass

@@ -313,24 +313,30 @@ def test_an_ingredient_that_does_not_fit_changes_nothing(tmp_path):
 # -- on disk -------------------------------------------------------------------------------------------------------
 
 
-def test_stock_zarr_reads_several_chunks_and_every_tensor(tmp_path):
+@pytest.mark.parametrize("wide", [False, True])
+def test_stock_zarr_reads_several_chunks_and_every_tensor(tmp_path, wide):
     rng = np.random.default_rng(0)
-    elements = CHUNK_BYTES // 8 + 5000  # two chunks, the last one short
+    elements = CHUNK_BYTES // 8 + 5000  # two or three chunks, the last one short
     arrays = [rng.standard_normal(elements).astype(np.float16) for _ in range(2)]
+    scalar = np.float64 if wide else np.float32  # one float64 in the pool makes all sums double-double
     runs = [
-        str(write_checkpoint(tmp_path / f"run{i}", {"a.b/c": a, "s": np.array(i + 1.5), "ids": np.arange(3)}))
+        str(write_checkpoint(tmp_path / f"run{i}", {"a.b/c": a, "s": np.array(i + 1.5, scalar), "ids": np.arange(3)}))
         for i, a in enumerate(arrays)
     ]
     running = streamsoup.RunningSoup(runs, folder=tmp_path / "sums", budget_bytes=BUDGET, dtype="float32")
     running.add(runs[0]).add(runs[1], 0.5)
     group = zarr.open_group(sorted((tmp_path / "sums").glob("gen-*"))[-1], mode="r")
-    high_low = group["a.b/c"][:].reshape(-1, 2)  # double-double, as `s` is a float64
-    exact = arrays[0].astype(np.float64) + 0.5 * arrays[1].astype(np.float64)
-    assert np.array_equal(high_low.sum(axis=1), exact)
-    assert group["s"][:].tolist() == [1.5 + 0.5 * 2.5, 0.0]
-    assert 4 << 20 <= np.prod(group["a.b/c"].chunks) * 8 <= 16 << 20
-    assert "ids" not in group
+    arrays_of = {array.attrs["tensor"]: array for array in group.array_values()}
+    assert arrays_of.keys() == {"a.b/c", "s"}
+    found = arrays_of["a.b/c"][:].reshape(elements, -1).sum(axis=1)  # double-double: the low halves are zero here
+    assert np.array_equal(found, arrays[0].astype(np.float64) + 0.5 * arrays[1].astype(np.float64))
+    assert arrays_of["s"][:].sum() == 1.5 + 0.5 * 2.5
+    assert 4 << 20 <= np.prod(arrays_of["a.b/c"].chunks) * 8 <= 16 << 20
     assert mean_equals_its(running, arrays, tmp_path)
+    # With another budget tiles are smaller.
+    assert mean_equals_its(
+        streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=40 << 20, workers=1, dtype="float32"), arrays, tmp_path
+    )
 
 
 def mean_equals_its(running, arrays, tmp_path):

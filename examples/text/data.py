@@ -53,7 +53,7 @@ def pretrained_folder() -> Path:
 
 
 def load_split(name: str) -> Split:
-    """Return one split; the first call tokenises all of them (2 seconds) and writes ``out/tokens.npz``."""
+    """Return one split; the first call tokenises all of them and writes ``out/tokens.npz``."""
     if not CACHE.exists():
         _write_cache()
     with np.load(CACHE) as arrays:

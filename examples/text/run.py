@@ -55,7 +55,7 @@ def make_greedy_soup(folders: list[Path], soup: Path, own_scores: Path, *flags: 
 
 
 def logits_of(folder: Path, splits: dict[str, Split], cache: Path) -> dict[str, Tensor]:
-    """Return the logits of a checkpoint on each split; they are kept, as they take half a minute."""
+    """Return the logits of a checkpoint on each split; they are kept, as they take tens of seconds."""
     if not cache.exists() or cache.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
         network = load_network(folder)
         cache.parent.mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -38,6 +39,15 @@ from streamsoup.write import Sink
 
 CHUNK_BYTES = 8 << 20  # 4 to 16 MiB did best; tiles are at most one chunk
 _KEPT_GENERATIONS = 2
+_NAME_HERE = "the tensor's name"
+# A name that is no plain file name (it may have slashes, or lead out of the folder) is replaced by a number.
+_PLAIN_NAME = re.compile(r"(?!c$|zarr\.json$|manifest\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+
+
+def array_names(names: Sequence[str]) -> list[str]:
+    """Names of the arrays of tensors: their own where that is a plain file name, else ``tensor-`` and their position."""
+    plain = [bool(_PLAIN_NAME.fullmatch(name)) and not name.startswith("tensor-") for name in names]
+    return [name if ok else f"tensor-{i}" for i, (name, ok) in enumerate(zip(names, plain, strict=True))]
 
 
 class GenerationStore:
@@ -61,6 +71,7 @@ class GenerationStore:
         self._folder = folder
         self._table = table
         self._sizes: list[int] = table.nbytes.tolist()
+        self._names = array_names(table.names)
         self._averaged = averaged
         self._dtype = dtype
         self._backend = backend
@@ -136,7 +147,7 @@ class GenerationStore:
             shutil.rmtree(self._next)
         zarr.create_group(store=str(self._next))
         for tensor in np.flatnonzero(self._averaged).tolist():
-            folder = self._next / self._table.names[tensor]
+            folder = self._next / self._names[tensor]
             (folder / "c").mkdir(parents=True)
             (folder / "zarr.json").write_text(self._array_metadata(tensor), encoding="utf-8")
         self._digests = {}
@@ -144,7 +155,7 @@ class GenerationStore:
 
     def _array_metadata(self, tensor: int) -> str:
         """Have zarr write the metadata of an array once for each shape: an array takes it a millisecond."""
-        shape = self._table.shape(tensor)
+        shape, name = self._table.shape(tensor), self._table.names[tensor]
         if shape not in self._metadata:
             import zarr
 
@@ -159,11 +170,11 @@ class GenerationStore:
                 compressors=None,
                 filters=None,
                 fill_value=float("nan"),
-                attributes={"shape": list(shape)},
+                attributes={"shape": list(shape), "tensor": _NAME_HERE},
                 config={"write_empty_chunks": True},
             )
             self._metadata[shape] = bytes(store._store_dict["zarr.json"].to_bytes()).decode()
-        return self._metadata[shape]
+        return self._metadata[shape].replace(json.dumps(_NAME_HERE), json.dumps(name))
 
     @property
     def _numpy_dtype(self) -> str:
@@ -174,7 +185,7 @@ class GenerationStore:
         if not self._averaged[tensor]:
             return
         assert self._next is not None
-        name = self._table.names[tensor]
+        name = self._names[tensor]
         chunk, inside = divmod(offset, CHUNK_BYTES)
         full = min(CHUNK_BYTES, self._sizes[tensor])
         fd = os.open(self._next / name / "c" / str(chunk), os.O_WRONLY | os.O_CREAT, 0o666)
@@ -201,7 +212,7 @@ class GenerationStore:
     def commit(self, members: Sequence[Sequence[Any]]) -> None:
         """See `SumStore`."""
         assert self._next is not None
-        sizes = {self._table.names[t]: self._sizes[t] for t in np.flatnonzero(self._averaged).tolist()}
+        sizes = {self._names[t]: self._sizes[t] for t in np.flatnonzero(self._averaged).tolist()}
         digests = {
             name: {
                 chunk: [min(CHUNK_BYTES, sizes[name] - int(chunk) * CHUNK_BYTES), digest]
@@ -222,7 +233,7 @@ class _GenerationSource:
 
     def __init__(self, folder: Path, table: TensorTable, chunk_bytes: int) -> None:
         self._folder = folder
-        self._table = table
+        self._names = array_names(table.names)
         self._chunk_bytes = chunk_bytes
         self._files = OpenFiles()
         self._buffers = threading.local()
@@ -230,7 +241,7 @@ class _GenerationSource:
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
         chunk, inside = divmod(offset, self._chunk_bytes)
-        path = str(self._folder / self._table.names[position] / "c" / str(chunk))
+        path = str(self._folder / self._names[position] / "c" / str(chunk))
         if staging is None:
             staging = self._own_buffer(nbytes)
         address = ctypes.addressof(ctypes.c_char.from_buffer(staging))
