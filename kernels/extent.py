@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .codes import BF16, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F16, F32, F64
+from .codes import BF16, F8_E4M3, F8_E4M3FNUZ, F8_E5M2, F8_E5M2FNUZ, F16, F32, F64, NONFINITE_MASK, NONFINITE_VALUE
 
 __all__ = ["extent"]
 
@@ -32,15 +32,18 @@ def _largest_and_smallest(bits: Any, mask: Any) -> Any:
     one = cast(1)
     largest = cast(0)
     smallest = mask
+    minus_zero = cast(~mask)
+    negative = False
     for j in range(len(bits)):
         magnitude = cast(bits[j] & mask)
         largest = max(largest, magnitude)
         # Zero wraps to the largest number and so never wins: no branch in the loop.
         smallest = min(smallest, cast(magnitude - one))
-    return largest, smallest
+        negative |= bits[j] == minus_zero
+    return largest, smallest, negative
 
 
-def extent(raw: NDArray[np.uint8], code: int) -> tuple[int, int]:
+def extent(raw: NDArray[np.uint8], code: int) -> tuple[int, int, bool]:
     """Return exponents that bound the elements of a tile.
 
     Parameters
@@ -51,9 +54,11 @@ def extent(raw: NDArray[np.uint8], code: int) -> tuple[int, int]:
 
     Returns
     -------
-    (above, unit) : two ints
-        Every element is smaller in magnitude than 2**above and a multiple of 2**unit; (-5000, 5000) where all are
-        zero.
+    above, unit : int
+        Every element is smaller in magnitude than 2**above and a multiple of 2**unit; -5000 and 5000 where all are
+        zero, 5000 and -5000 where one is not finite.
+    negative_zero : bool
+        Whether an element is -0.0.
 
     Notes
     -----
@@ -65,9 +70,14 @@ def extent(raw: NDArray[np.uint8], code: int) -> tuple[int, int]:
     kind = width[itemsize]
     bits = raw.view(kind) if raw.ctypes.data % itemsize == 0 else raw.copy().view(kind)
     mask = kind((1 << (8 * itemsize - 1)) - 1)
-    largest, smallest = (int(x) for x in _largest_and_smallest(bits, mask))
+    largest, smallest, negative = (int(x) for x in _largest_and_smallest(bits, mask))
     if largest == 0:
-        return -5000, 5000
+        return -5000, 5000, bool(negative)
+    if (
+        largest & NONFINITE_MASK[code] & int(mask) == NONFINITE_VALUE[code] & int(mask)
+        and NONFINITE_VALUE[code] != 0x80
+    ):
+        return 5000, -5000, bool(negative)
     above = max(largest >> mantissa, 1) - bias + 1
     unit = max((smallest + 1) >> mantissa, 1) - bias - mantissa
-    return above, unit
+    return above, unit, bool(negative)

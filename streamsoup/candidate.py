@@ -104,13 +104,14 @@ class Candidate:
         The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
         """
         folder = Path(folder)
-        fresh = not folder.exists()
+        existing = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         pool = self._running.pool
         layout = pool.layout
-        with FileSink(folder, layout, existing=not fresh, durable=False) as sink:
+        with FileSink(folder, layout, existing=existing, durable=False) as sink:
             self.stream(sink)
-        if fresh:
+        if folder not in self._running.furnished:  # by this process: an earlier one may have died half-way
+            self._running.furnished.add(folder)
             if layout.index is not None:
                 write_durably(folder / "model.safetensors.index.json", layout.index)
             if pool.first.folder is not None:
@@ -124,8 +125,9 @@ class Candidate:
         plan = self.plan
         sink = MemorySink(plan)
         with self._running.sources(self._operands) as sources:
-            self._running.pool.run_tensor(plan, sources, sink, tensor)
-        return sink.arrays[tensor]
+            outcome = self._running.pool.run_tensor(plan, sources, sink, tensor)
+        self._running.bytes_read += outcome.bytes_read
+        return sink.arrays.get(tensor, np.empty(0, np.uint8))  # an empty tensor has no tile
 
 
 class _LazyTensors(Mapping[str, "torch.Tensor"]):
@@ -141,8 +143,9 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
 
         tensor = self._positions[name]
         dtype = getattr(torch, self._plan.out_dtype(tensor).torch_name)
+        shape = self._plan.table.shape(tensor)
         raw = self._candidate.tensor_bytes(tensor)
-        return torch.from_numpy(raw).view(dtype).reshape(self._plan.table.shape(tensor))
+        return torch.frombuffer(raw, dtype=dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan.table.names)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
+from streamsoup.checkpoints import identity_key
 from streamsoup.errors import RecipeError
 from streamsoup.greedy_job import GreedyJob
 from streamsoup.score import read_scores, run_command
-from streamsoup.scorebook import Entry, ScoreBook, identity_key
+from streamsoup.scorebook import Entry, ScoreBook
 from streamsoup.sums import RunningSoup
 
 

@@ -134,7 +134,7 @@ class GreedyLoop:
                 self._note(step, search, entry, best_before=None, accepted=True, size=len(current))
                 continue
             trial_members = merge(current, self.job.ingredients[step.ingredient], step.change)
-            entry = self.evaluator.book.find(trial_members) or self._try(current, step, search.outlook.trials_left)
+            entry = self.evaluator.book.find(trial_members) or self._try(current, step)
             answer = entry.scores.value
             accepted = self.job.rule.accepts(answer, best)
             size = len(trial_members if accepted else current)
@@ -153,7 +153,7 @@ class GreedyLoop:
         self._bring(members)
         return self.evaluator.candidate(self.running.mean(), began=began)
 
-    def _try(self, current: tuple[Member, ...], trial: Trial, trials_left: int) -> Entry:
+    def _try(self, current: tuple[Member, ...], trial: Trial) -> Entry:
         began = time.perf_counter()
         path = self.job.ingredients[trial.ingredient]
         ready = self.running.members == current
@@ -162,7 +162,6 @@ class GreedyLoop:
             self.running.reads,
             sum_bytes=self.pool.sum_bytes,
             sum_ready=ready,
-            trials_left=trials_left,
         ):
             return self.evaluator.candidate(self.running.candidate_of(merge(current, path, trial.change)), began=began)
         self._bring(current)

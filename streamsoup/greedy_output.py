@@ -89,6 +89,8 @@ def publish_soup(
 
 def _exact(running: RunningSoup, members: tuple[Member, ...], bring: Callable[[tuple[Member, ...]], None]) -> Candidate:
     """Find the cheapest way to the bits of the recipe's soup."""
+    if running.members == members:
+        return running.mean()
     if len(members) == 1:
         return running.candidate_of(members)
     if running.members != members and running.members:

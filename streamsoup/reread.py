@@ -13,7 +13,6 @@ def prefer_reread(
     *,
     sum_bytes: int,
     sum_ready: bool,
-    trials_left: int,
 ) -> bool:
     """Choose for the next trial, from forecast bytes read and written.
 
@@ -27,8 +26,6 @@ def prefer_reread(
         Of the running sum.
     sum_ready : bool
         Whether the sum is that of the current soup already.
-    trials_left : int
-        After this one. If there are any, a sum will have to be built some time, which is one more read of each.
 
     Notes
     -----
@@ -37,8 +34,8 @@ def prefer_reread(
     """
     if sum_ready:
         return False
-    later = 1 if trials_left else 0
-    if any(reads.get(path, 0) + 1 + later > MOST_READS for path in kept_bytes):
+    # One more read of each will be needed: for the sum of later trials, or for the soup that is written at the end.
+    if any(reads.get(path, 0) + 2 > MOST_READS for path in kept_bytes):
         return False
     again = sum(kept_bytes.values())
     build_and_read = again + 2 * sum_bytes

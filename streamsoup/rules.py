@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from streamsoup.errors import RecipeError
 
@@ -61,6 +61,9 @@ class Rule:
             if value is not None and value < least:
                 raise RecipeError(f"{name}: {value} is too small; at least {least}.")
 
+        if self.prune and self.max_ingredients is not None:
+            raise RecipeError("prune starts from all ingredients; it cannot keep to max_ingredients. Give one of them.")
+
     def accepts(self, score: float, best: float) -> bool:
         """Whether a candidate's score is good enough."""
         gain = best - score if self.minimize else score - best
@@ -107,13 +110,6 @@ class Begin:
     run: int = 0
 
 
-@dataclass
-class Outlook:
-    """What a rule says of the future, for planning: how many trials the current run may still need."""
-
-    trials_left: int = 0
-
-
 Step = Begin | Trial | Accept
 
 
@@ -126,12 +122,10 @@ class Search:
     rule : Rule
     own_scores : sequence of float or None
         None where the order does not need them.
-    outlook : Outlook
     """
 
     rule: Rule
     own_scores: Sequence[float | None]
-    outlook: Outlook = field(default_factory=Outlook)
 
     def order(self, run: int) -> list[int]:
         """Order of a run: ties keep the given order."""
@@ -159,12 +153,10 @@ class Search:
         rule, order = self.rule, self.order(run)
         most = rule.max_ingredients or len(order)
         kept = {order[0]}
-        self.outlook.trials_left = len(order) * rule.rounds - 1
         best = yield Begin((order[0],), run)
         for number in range(rule.rounds):
             changed = False
             for i in order[1:] if number == 0 else order:
-                self.outlook.trials_left -= 1
                 if i not in kept and len(kept) >= most:
                     continue
                 trial = Trial(i, 1.0, number, run)
@@ -179,12 +171,10 @@ class Search:
     def _prune(self, run: int) -> Generator[Step, float, None]:
         rule, order = self.rule, self.order(run)
         kept = list(order)
-        self.outlook.trials_left = len(order) * rule.rounds
         best = yield Begin(tuple(order), run)
         for number in range(rule.rounds):
             changed = False
             for i in reversed(order):  # the worst first
-                self.outlook.trials_left -= 1
                 if i not in kept or len(kept) == 1:
                     continue
                 trial = Trial(i, -1.0, number, run)

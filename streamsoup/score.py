@@ -77,8 +77,8 @@ class CommandScore:
             if self.metric is None:
                 value = _number(output.strip().splitlines()[-1] if output.strip() else "", "the last line", output)
             else:
-                value = _number(_look_up(document, self.metric), f"metric {self.metric!r}", output)
-            also = {key: _number(_look_up(document, key), f"metric {key!r}", output) for key in self.also}
+                value = _number(_look_up(document, self.metric, output), f"metric {self.metric!r}", output)
+            also = {key: _number(_look_up(document, key, output), f"metric {key!r}", output) for key in self.also}
         return Scores(value, also)
 
     def _read_result(self, result: Path, output: str) -> Any:
@@ -120,6 +120,7 @@ def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: f
         ) from None
     except BaseException:
         _kill(process)
+        process.communicate()  # closes the pipes
         raise
     if process.returncode:
         raise _failed(f"{command}: failed with exit code {process.returncode} on {checkpoint}.", output + errors)
@@ -153,6 +154,7 @@ def read_scores(found: Any, metric: str | None, also: Sequence[str]) -> Scores:
         If there is no finite number.
     """
     if isinstance(found, Scores):
+        _number(found.value, "the score", "")
         return found
     if isinstance(found, Mapping):
         if metric is None:
@@ -172,16 +174,16 @@ def _last_json(output: str) -> Any:
     raise _failed("No JSON at the end of the output.", output)
 
 
-def _look_up(document: Any, path: str) -> Any:
+def _look_up(document: Any, path: str, output: str = "") -> Any:
     """Follow a dotted path; a key that itself has dots is found too."""
     if isinstance(document, Mapping):
         if path in document:
             return document[path]
         for key in document:
             if path.startswith(f"{key}."):
-                return _look_up(document[key], path[len(str(key)) + 1 :])
+                return _look_up(document[key], path[len(str(key)) + 1 :], output)
     keys = sorted(map(str, document)) if isinstance(document, Mapping) else type(document).__name__
-    raise ScoreError(f"No metric {path!r}; there is {keys}.")
+    raise _failed(f"No metric {path!r}; there is {keys}.", output)
 
 
 def _number(value: Any, what: str, output: str) -> float:

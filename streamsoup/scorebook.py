@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from streamsoup.score import Scores
 from streamsoup.sums import Member
@@ -30,12 +29,6 @@ class Entry:
     scores: Scores
     seconds: float
     bytes_read: int
-
-
-def identity_key(identity: Sequence[Mapping[str, Any]]) -> str:
-    """Hash an ingredient's identity: what it holds, not where it lies or when it was written."""
-    parts = [(s["size_bytes"], s["header_sha256"], s["sampled_blake2b"]) for s in identity]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 @dataclass

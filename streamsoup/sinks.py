@@ -60,7 +60,7 @@ class ModuleSink:
     """
 
     def __init__(self, module: torch.nn.Module, plan: Plan, *, strict: bool) -> None:
-        state = module.state_dict(keep_vars=True)
+        state = {k: v for k, v in module.state_dict(keep_vars=True).items() if hasattr(v, "data_ptr")}
         table = plan.table
         problems = []
         for position, name in enumerate(table.names):

@@ -22,7 +22,7 @@ class Tied(torch.nn.Module):
         self.embed = torch.nn.Linear(6, 4, bias=False)
         self.head = torch.nn.Linear(6, 4, bias=False)
         self.head.weight = self.embed.weight
-        self.half = torch.nn.Linear(4, 3).half()
+        self.low = torch.nn.Linear(4, 3).half()
         self.register_buffer("steps", torch.tensor([7, 8, 9]))
 
 
@@ -33,8 +33,8 @@ def running(tmp_path):
     for i in range(3):
         tensors = {
             "embed.weight": rng.standard_normal((4, 6)).astype(np.float32),
-            "half.weight": rng.standard_normal((3, 4)).astype(np.float16),
-            "half.bias": rng.standard_normal(3).astype(np.float16),
+            "low.weight": rng.standard_normal((3, 4)).astype(np.float16),
+            "low.bias": rng.standard_normal(3).astype(np.float16),
             "steps": np.array([1, 2, 3]),
         }
         runs.append(str(write_checkpoint(tmp_path / f"run{i}", tensors)))
@@ -68,9 +68,9 @@ def test_a_mapping_makes_tensors_when_they_are_looked_up(running, tmp_path):
 
 def test_a_module_that_does_not_fit_is_refused_and_unchanged(running):
     for change in (
-        lambda m: setattr(m, "half", torch.nn.Linear(5, 3).half()),
+        lambda m: setattr(m, "low", torch.nn.Linear(5, 3).half()),
         lambda m: setattr(m, "extra", torch.nn.Linear(2, 2)),
-        lambda m: delattr(m, "half"),
+        lambda m: delattr(m, "low"),
         lambda m: setattr(m.embed, "weight", torch.nn.Parameter(torch.randn(6, 4).t())),
     ):
         module = Tied()
@@ -83,7 +83,7 @@ def test_a_module_that_does_not_fit_is_refused_and_unchanged(running):
 
 def test_names_of_one_side_may_be_left_out_when_asked(running):
     module = Tied()
-    del module.half
+    del module.low
     module.extra = torch.nn.Linear(2, 2)
     running.mean().load_into(module, strict=False)
     assert torch.equal(module.embed.weight, running.mean().tensors()["embed.weight"])
@@ -105,12 +105,12 @@ def state(module):
 
 def test_the_modules_dtypes_are_kept_whatever_the_soups_are(running):
     module = Tied().to(torch.float64)
-    half = module.get_submodule("half").to(torch.bfloat16)
+    half = module._modules["half"].to(torch.bfloat16)  # `half` is a method too
     running.mean().load_into(module)
     tensors = running.mean().tensors()
     assert module.embed.weight.dtype == torch.float64
     assert torch.equal(module.embed.weight, tensors["embed.weight"].double())
-    assert torch.equal(half.weight, tensors["half.weight"].bfloat16())
+    assert torch.equal(half.weight, tensors["low.weight"].bfloat16())
     assert module.steps.dtype == torch.int64
     assert module.steps.tolist() == [1, 2, 3]
     assert all(p.requires_grad for p in module.parameters())
@@ -141,8 +141,8 @@ def test_both_names_of_a_tied_tensor_may_be_in_the_soup(tmp_path):
     tensors = {
         "embed.weight": weight,
         "head.weight": weight,
-        "half.weight": np.ones((3, 4), np.float16),
-        "half.bias": np.ones(3, np.float16),
+        "low.weight": np.ones((3, 4), np.float16),
+        "low.bias": np.ones(3, np.float16),
         "steps": np.arange(3),
     }
     run = str(write_checkpoint(tmp_path / "run", tensors))
@@ -163,11 +163,11 @@ def test_shapes_are_checked_even_when_names_may_be_left_out(running):
 
 def test_every_problem_is_named(running):
     module = Tied()
-    del module.half
+    del module.low
     module.extra = torch.nn.Linear(2, 2)
     with pytest.raises(MismatchError) as caught:
         running.mean().load_into(module)
-    for name in ("half.weight", "half.bias", "extra.weight", "extra.bias"):
+    for name in ("low.weight", "low.bias", "extra.weight", "extra.bias"):
         assert name in str(caught.value)
 
 
@@ -213,8 +213,8 @@ def test_a_lookup_reads_that_tensor_of_the_operands_and_no_other(running):
     tensors = running.candidate(running.pool.paths[2]).tensors()
     table = running.pool.first.table
     before = running.bytes_read
-    tensors["half.bias"]
-    position = list(table.names).index("half.bias")
+    tensors["low.bias"]
+    position = list(table.names).index("low.bias")
     one = int(table.nbytes[position]) + int(table.elements[position]) * running.pool.sum_dtype.itemsize
     assert running.bytes_read - before == one
 
@@ -259,7 +259,9 @@ def test_tensors_looked_up_are_the_readers_own(running):
 def sharded(folder, count=3, **options):
     tensors = [{f"t{j}": np.full((40, 10), i + j, np.float32) for j in range(4)} for i in range(count)]
     companions = {"config.json": '{"model_type": "toy"}', "tokenizer.json": "{}"}
-    return [str(write_checkpoint(folder / f"run{i}", t, companions=companions, **options)) for i, t in enumerate(tensors)]
+    return [
+        str(write_checkpoint(folder / f"run{i}", t, companions=companions, **options)) for i, t in enumerate(tensors)
+    ]
 
 
 def test_a_written_candidate_is_a_complete_checkpoint(tmp_path):
@@ -270,15 +272,13 @@ def test_a_written_candidate_is_a_complete_checkpoint(tmp_path):
     index = json.loads((path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {p.name for p in path.glob("*.safetensors")}
     assert {"config.json", "tokenizer.json"} <= {p.name for p in path.iterdir()}
-    streamsoup.soup(runs[:2], tmp_path / "soup", shard_bytes=3500)
+    streamsoup.soup(runs[:2], tmp_path / "soup", shard_size=3500)
     for file in path.glob("*.safetensors*"):
         assert file.read_bytes() == (tmp_path / "soup" / file.name).read_bytes()
 
 
 def test_candidates_of_single_files_are_single_files(tmp_path):
-    runs = [
-        str(write_checkpoint(tmp_path / f"run{i}.safetensors", {"w": np.full(5, i, np.float32)})) for i in range(2)
-    ]
+    runs = [str(write_checkpoint(tmp_path / f"run{i}.safetensors", {"w": np.full(5, i, np.float32)})) for i in range(2)]
     candidate = streamsoup.RunningSoup(runs, budget_bytes=1 << 27).add(runs[0]).candidate(runs[1])
     path = candidate.write(tmp_path / "out")
     assert path.is_file()

@@ -124,9 +124,7 @@ def test_where_it_says_exact_every_order_of_adding_and_removing_is(ingredients, 
                 values, weight = ingredients[i]
                 # as the engine does: product and sum in float64, one rounding into the sum's dtype
                 total = (total.astype(np.float64) + sign * weight * np.array(values)).astype(kind)
-                rational = [
-                    r + sign * Fraction(weight) * Fraction(v) for r, v in zip(rational, values, strict=True)
-                ]
+                rational = [r + sign * Fraction(weight) * Fraction(v) for r, v in zip(rational, values, strict=True)]
                 assert [Fraction(float(t)) for t in total] == rational
 
 

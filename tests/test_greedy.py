@@ -263,11 +263,9 @@ def test_refusals_come_before_any_score(tmp_path):
 
 def test_reading_again_is_chosen_only_where_it_is_cheaper_and_never_a_third_time():
     kept = {"a": 10, "b": 10}
-    assert prefer_reread({"a": 10}, {}, sum_bytes=40, sum_ready=False, trials_left=5)
-    assert not prefer_reread(kept, {"a": 1, "b": 1}, sum_bytes=40, sum_ready=False, trials_left=5)
-    assert prefer_reread(kept, {"a": 1, "b": 1}, sum_bytes=40, sum_ready=False, trials_left=0)
-    assert not prefer_reread(kept, {"a": 2, "b": 1}, sum_bytes=40, sum_ready=False, trials_left=0)
-    assert not prefer_reread({"a": 10}, {}, sum_bytes=40, sum_ready=True, trials_left=5)
+    assert prefer_reread({"a": 10}, {}, sum_bytes=40, sum_ready=False)
+    assert not prefer_reread(kept, {"a": 1, "b": 1}, sum_bytes=40, sum_ready=False)
+    assert not prefer_reread({"a": 10}, {}, sum_bytes=40, sum_ready=True)
 
 
 def _cli(tmp_path, runs, target, *more):

@@ -123,31 +123,6 @@ def test_without_tolerance_the_soup_is_never_worse_than_what_it_began_with(rule,
     assert best <= first if rule.minimize else best >= first
 
 
-@given(rule=st.one_of(RULES, RULES.map(dropping)), seed=st.integers(0, 10**6), count=st.integers(2, 6))
-def test_the_outlook_never_promises_fewer_trials_than_come(rule, seed, count):
-    score_of = table(seed)
-    own = [score_of({i: 1.0}) for i in range(count)]
-    search, promised, answer, pending, current = Search(rule, own), [], None, None, {}
-    steps = search.steps(0)
-    while True:
-        try:
-            step = next(steps) if answer is None else steps.send(answer)
-        except StopIteration:
-            break
-        if isinstance(step, Begin):
-            current = dict.fromkeys(step.ingredients, 1.0)
-            answer = score_of(current)
-        elif isinstance(step, Accept):
-            current, answer = pending, 0.0
-        else:
-            promised.append(search.outlook.trials_left)
-            pending = {**current, step.ingredient: current.get(step.ingredient, 0.0) + step.change}
-            pending = {i: w for i, w in pending.items() if w}
-            answer = score_of(pending)
-    for number, left in enumerate(promised):
-        assert len(promised) - number - 1 <= left
-
-
 def test_ties_of_their_own_keep_the_given_order_and_are_told():
     search = Search(Rule(), [0.5, 0.9, 0.5, 0.9])
     assert search.order(0) == [1, 3, 0, 2]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from factory import fine_tunes, write_checkpoint
 
-from streamsoup.checkpoints import identify, identity_to_json, open_checkpoints
+from streamsoup.checkpoints import identify, identity_key, identity_to_json, open_checkpoints
 from streamsoup.score import Scores
-from streamsoup.scorebook import Entry, ScoreBook, identity_key
+from streamsoup.scorebook import Entry, ScoreBook
 from streamsoup.sums import Member
 
 NAMES = {"a": "1a", "b": "1b", "c": "1c"}

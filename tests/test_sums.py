@@ -252,7 +252,9 @@ def test_float64_at_the_edges_of_its_range(tmp_path, place):
     candidate.write(tmp_path / "candidate")
     weights = [m.weight for m in candidate.members]
     streamsoup.soup([m.path for m in candidate.members], tmp_path / "soup", weights=weights)
-    assert not candidate.is_exact or same_bits(read_checkpoint(tmp_path / "candidate"), read_checkpoint(tmp_path / "soup"))
+    assert not candidate.is_exact or same_bits(
+        read_checkpoint(tmp_path / "candidate"), read_checkpoint(tmp_path / "soup")
+    )
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
@@ -335,7 +337,9 @@ def test_stock_zarr_reads_several_chunks_and_every_tensor(tmp_path, wide):
     assert mean_equals_its(running, arrays, tmp_path)
     # With another budget tiles are smaller.
     assert mean_equals_its(
-        streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=40 << 20, workers=1, dtype="float32"), arrays, tmp_path
+        streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=40 << 20, workers=1, dtype="float32"),
+        arrays,
+        tmp_path,
     )
 
 
@@ -465,7 +469,9 @@ def test_a_sum_may_be_opened_with_the_ingredients_it_was_made_for(tmp_path):
     assert same_bits(read_checkpoint(tmp_path / "a"), read_checkpoint(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("name", ["../up", "a/../../up", "/up", "manifest.json", "zarr.json", "c", "a/b", "x" * 300, "ä.ö"])
+@pytest.mark.parametrize(
+    "name", ["../up", "a/../../up", "/up", "manifest.json", "zarr.json", "c", "a/b", "x" * 300, "ä.ö"]
+)
 def test_no_tensor_name_leads_out_of_the_folder(tmp_path, name):
     folder = tmp_path / "deep" / "sums"
     if name == "/up":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from natsort import natsorted
 
-from streamsoup.checkpoints.identity import expect_identity, identify, identity_to_json, verify_unchanged
+from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
 from streamsoup.checkpoints.table import TensorTable
@@ -21,6 +21,7 @@ __all__ = [
     "expand_paths",
     "expect_identity",
     "identify",
+    "identity_key",
     "identity_to_json",
     "open_checkpoints",
     "verify_unchanged",

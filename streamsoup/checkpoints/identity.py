@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,6 +97,12 @@ def verify_unchanged(checkpoint: Checkpoint) -> None:
 def identity_to_json(identity: tuple[ShardIdentity, ...]) -> list[dict[str, Any]]:
     """Plain data for a manifest or journal."""
     return [asdict(shard) for shard in identity]
+
+
+def identity_key(identity: Sequence[Mapping[str, Any]]) -> str:
+    """Hash an ingredient's identity: what it holds, not where it lies or when it was written."""
+    parts = [(s["size_bytes"], s["header_sha256"], s["sampled_blake2b"]) for s in identity]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def expect_identity(checkpoint: Checkpoint, expected: list[dict[str, Any]], *, what: str) -> None:

@@ -29,6 +29,7 @@ class Extent:
 
     above: npt.NDArray[np.int32]
     unit: npt.NDArray[np.int32]
+    negative_zero: npt.NDArray[np.bool_]
 
 
 class MeasuringSource:
@@ -38,7 +39,9 @@ class MeasuringSource:
         self._source = source
         self._table = table
         self._lock = threading.Lock()
-        self.extent = Extent(np.full(len(table), -5000, np.int32), np.full(len(table), 5000, np.int32))
+        self.extent = Extent(
+            np.full(len(table), -5000, np.int32), np.full(len(table), 5000, np.int32), np.zeros(len(table), np.bool_)
+        )
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
@@ -47,10 +50,11 @@ class MeasuringSource:
         address = self._source.fetch(position, offset, nbytes, staging)
         code = DTYPES[int(self._table.dtypes[position])].kernel_code
         if code >= 0:
-            above, unit = extent(bytes_at(address, nbytes), code)
+            above, unit, negative = extent(bytes_at(address, nbytes), code)
             with self._lock:  # two tiles of one tensor may be at work at once
                 self.extent.above[position] = max(self.extent.above[position], above)
                 self.extent.unit[position] = min(self.extent.unit[position], unit)
+                self.extent.negative_zero[position] |= negative
         return address
 
     def close(self) -> None:
@@ -58,13 +62,32 @@ class MeasuringSource:
         self._source.close()
 
 
-def is_exact(terms: Mapping[str, float], extents: Mapping[str, Extent], *, digits: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """With which weights an ingredient ever entered: the largest magnitude, and the lowest bit of any, 2^lowest."""
+
+    largest: float
+    lowest: int
+
+    @staticmethod
+    def of(*weights: float) -> Entered:
+        """Gather weights."""
+        return Entered(max(map(abs, weights)), min(map(_lowest_bit, weights)))
+
+    def also(self, *weights: float) -> Entered:
+        """Gather more weights."""
+        more = Entered.of(*weights)
+        return Entered(max(self.largest, more.largest), min(self.lowest, more.lowest))
+
+
+def is_exact(terms: Mapping[str, Entered], extents: Mapping[str, Extent], *, digits: int) -> bool:
     """Whether sums of these terms are exact in any order, in a format of so many significant bits.
+
+    Where an ingredient has −0.0 they are not: a sum that passed through another number comes back as +0.0.
 
     Parameters
     ----------
-    terms : mapping of path to weight
-        The largest weight, in magnitude, with which each ingredient ever entered.
+    terms : mapping of path to Entered
     extents : mapping of path to Extent
     digits : int
         53 for float64, 24 for float32.
@@ -73,11 +96,13 @@ def is_exact(terms: Mapping[str, float], extents: Mapping[str, Extent], *, digit
         return False
     total: npt.NDArray[np.float64] | float = 0.0
     unit: npt.NDArray[np.float64] | float = np.inf
-    for path, weight in terms.items():
+    for path, entered in terms.items():
         extent = extents[path]
-        total = total + abs(weight) * np.exp2(extent.above.astype(np.float64))
-        unit = np.minimum(unit, extent.unit + float(_lowest_bit(weight)))
-    with np.errstate(over="ignore"):
+        if extent.negative_zero.any() or (extent.above > 1000).any():
+            return False
+        total = total + entered.largest * np.exp2(np.clip(extent.above, -1100, 1020).astype(np.float64))
+        unit = np.minimum(unit, extent.unit + float(entered.lowest))
+    with np.errstate(over="ignore", divide="ignore"):
         return bool(np.all(np.log2(np.maximum(total, 1e-300)) <= unit + digits - 1e-9))
 
 

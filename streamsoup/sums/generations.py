@@ -38,16 +38,26 @@ from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
 CHUNK_BYTES = 8 << 20  # 4 to 16 MiB did best; tiles are at most one chunk
-_KEPT_GENERATIONS = 2
-_NAME_HERE = "the tensor's name"
-# A name that is no plain file name (it may have slashes, or lead out of the folder) is replaced by a number.
+_LONGEST_NAME = 1000
+# A name that is no plain path (it may lead out of the folder) is replaced by a number.
 _PLAIN_NAME = re.compile(r"(?!c$|zarr\.json$|manifest\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 
 def array_names(names: Sequence[str]) -> list[str]:
-    """Names of the arrays of tensors: their own where that is a plain file name, else ``tensor-`` and their position."""
-    plain = [bool(_PLAIN_NAME.fullmatch(name)) and not name.startswith("tensor-") for name in names]
-    return [name if ok else f"tensor-{i}" for i, (name, ok) in enumerate(zip(names, plain, strict=True))]
+    """Names of the arrays of tensors: their own where that is a plain path, else ``tensor-`` and their position."""
+    known = set(names)
+
+    def is_plain(name: str) -> bool:
+        parts = name.split("/")
+        inside_another = any("/".join(parts[:i]) in known for i in range(1, len(parts)))
+        return (
+            all(_PLAIN_NAME.fullmatch(part) for part in parts)
+            and not name.startswith("tensor-")
+            and not inside_another
+            and len(name) < _LONGEST_NAME
+        )
+
+    return [name if is_plain(name) else f"tensor-{i}" for i, name in enumerate(names)]
 
 
 class GenerationStore:
@@ -143,8 +153,9 @@ class GenerationStore:
         import zarr
 
         self._next = self._path(self._number + 1)
-        if self._next.exists():
-            shutil.rmtree(self._next)
+        for path in self._folder.glob("gen-*"):
+            if path != self._path(self._number):  # with the new one there are two on disk, never three
+                shutil.rmtree(path)
         zarr.create_group(store=str(self._next))
         for tensor in np.flatnonzero(self._averaged).tolist():
             folder = self._next / self._names[tensor]
@@ -170,11 +181,13 @@ class GenerationStore:
                 compressors=None,
                 filters=None,
                 fill_value=float("nan"),
-                attributes={"shape": list(shape), "tensor": _NAME_HERE},
+                attributes={"shape": list(shape)},
                 config={"write_empty_chunks": True},
             )
             self._metadata[shape] = bytes(store._store_dict["zarr.json"].to_bytes()).decode()
-        return self._metadata[shape].replace(json.dumps(_NAME_HERE), json.dumps(name))
+        document = json.loads(self._metadata[shape])
+        document["attributes"]["tensor"] = name
+        return json.dumps(document)
 
     @property
     def _numpy_dtype(self) -> str:
@@ -223,9 +236,6 @@ class GenerationStore:
         document = {"members": [list(member) for member in members], "digests": digests}
         write_durably(self._next / "manifest.json", json.dumps(document))
         self._number += 1
-        for path in self._folder.glob("gen-*"):
-            if int(path.name[4:]) <= self._number - _KEPT_GENERATIONS:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 class _GenerationSource:

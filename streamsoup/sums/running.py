@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
-from streamsoup.checkpoints import Checkpoint
+from streamsoup.checkpoints import Checkpoint, identify, identity_key, identity_to_json
 from streamsoup.engine import Outcome
-from streamsoup.errors import BudgetError, RecipeError, ResumeError
+from streamsoup.errors import BudgetError, ChangedIngredientError, RecipeError, ResumeError
 from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import OpenFiles, Source, open_source
-from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact, is_plain
+from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
 from streamsoup.units import format_binary
@@ -82,13 +82,15 @@ class RunningSoup:
         self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
         self._store = self._make_store(folder)
         self._extents: dict[str, Extent] = {}
-        self._entered: dict[str, float] = {}
+        self._entered: dict[str, Entered] = {}
+        self._keys: dict[str, str] = {}
         self.members: tuple[Member, ...] = ()
         self.reads: dict[str, int] = {}
         self.content_digests: dict[str, str] = {}
         self.bytes_read = 0
         self.bytes_written = 0
         self.rebuilt = 0
+        self.furnished: set[Path] = set()  # folders with configuration files, for candidates
 
     def _make_store(self, folder: str | Path | None) -> SumStore:
         pool = self.pool
@@ -178,8 +180,10 @@ class RunningSoup:
     def _change(self, path: str, weight: float) -> RunningSoup:
         members = merge(self.members, path, weight)
         new = path not in {m.path for m in self.members} and weight > 0
-        entered = {**self._entered, path: max(abs(weight), abs(self._entered.get(path, 0.0)))}
-        entered |= {m.path: max(m.weight, entered.get(m.path, 0.0)) for m in members}
+        entered = {**self._entered}
+        # The merged weight counts too: the recipe adds it at once.
+        for name, weights in ((path, (weight,)), *((m.path, (m.weight,)) for m in members)):
+            entered[name] = entered[name].also(*weights) if name in entered else Entered.of(*weights)
         if self.members and not new and not self._commutes(entered):
             return self.rebuild(members)
         checkpoint = self.pool.open(path)
@@ -192,7 +196,7 @@ class RunningSoup:
         self._entered = entered
         return self
 
-    def _commutes(self, entered: dict[str, float]) -> bool:
+    def _commutes(self, entered: dict[str, Entered]) -> bool:
         digits = _DIGITS.get(self.pool.sum_dtype.name)
         return digits is not None and is_exact(entered, self._extents, digits=digits)
 
@@ -202,7 +206,7 @@ class RunningSoup:
         if members:
             checkpoints = tuple(self.pool.open(m.path) for m in members)
             self._fold(checkpoints, Coefficients(tuple(m.weight for m in members)), members)
-            self._entered = {m.path: m.weight for m in members}
+            self._entered = {m.path: Entered.of(m.weight) for m in members}
             self.rebuilt += 1
         return self
 
@@ -215,7 +219,7 @@ class RunningSoup:
             if isinstance(source, MeasuringSource):
                 self._extents[operand.path] = source.extent
         self.count(plan, outcome)
-        self._store.commit([(m.path, m.weight) for m in members])
+        self._store.commit([(m.path, m.weight, self._key(m.path)) for m in members])
         self.members = members
 
     def count(self, plan: Plan, outcome: Outcome) -> None:
@@ -249,15 +253,23 @@ class RunningSoup:
                 source.close()
             files.close()
 
+    def _key(self, path: str) -> str:
+        """Who an ingredient is; looked up once."""
+        if path not in self._keys:
+            self._keys[path] = identity_key(identity_to_json(identify(self.pool.open(path))))
+        return self._keys[path]
+
     def restore(self, members: tuple[Member, ...]) -> bool:
         """Take up a sum that an earlier process left on disk, if it is whole and of these members."""
         store = self._store
-        if not isinstance(store, GenerationStore) or store.members != [[m.path, m.weight] for m in members]:
+        if not isinstance(store, GenerationStore):
+            return False
+        if store.members != [[m.path, m.weight, self._key(m.path)] for m in members]:
             return False
         if not store.verify():
             return False
         self.members = members
-        self._entered = {m.path: m.weight for m in members}
+        self._entered = {m.path: Entered.of(m.weight) for m in members}
         return True
 
     @staticmethod
@@ -269,10 +281,17 @@ class RunningSoup:
         ResumeError
             If there is none, or it is damaged.
         """
-        members = tuple(Member(str(path), float(weight)) for path, weight in GenerationStore.members_in(Path(folder)))
+        rows = GenerationStore.members_in(Path(folder))
+        members = tuple(Member(str(path), float(weight)) for path, weight, _ in rows)
         if not members:
             raise ResumeError(f"{folder}: holds no running sum. Name the folder that was given to RunningSoup.")
         running = RunningSoup([m.path for m in members], folder=folder, **options)
+        for path, _, key in rows:
+            if running._key(path) != key:
+                raise ChangedIngredientError(
+                    f"{path}: changed since it was added to the running sum in {folder}. Put the old files back, "
+                    "or make the sum anew."
+                )
         if not running.restore(members):
             raise ResumeError(f"{folder}: the running sum is damaged. Make it anew from its ingredients.")
         return running
