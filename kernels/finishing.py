@@ -6,7 +6,7 @@
 import numba
 import numpy as np
 
-from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE
+from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE, PAIR
 from .inspection import canonical_nans, mark_bad
 from .lanes import as_bits, as_float, load_f64, load_u8, load_u64, store_u8, store_u64
 from .rounding import finish_bf16, finish_f16, finish_f32, finish_f64
@@ -79,8 +79,11 @@ def inspect(sources, codes, begin, count, out, out_code, nonfinite, marks):
         code = np.int64(codes[k])
         where = sources[k] + np.uint64(begin * _SIZES[code])
         nonfinite[k] += mark_bad(where, code, count, marks)
-    if out_code <= F64:
-        canonical_nans(out, out_code, count)
+    code, items = out_code, count
+    if out_code == PAIR:
+        code, items = np.int64(F64), 2 * count
+    if code <= F64:
+        canonical_nans(out, code, items)
     mark_bad(out, out_code, count, clean)
     return only_second(marks, clean, count)
 

@@ -81,8 +81,8 @@ _COMBINE = numba.i8(
 
 
 _WIDE = numba.i8(
-    _U64, _U8, _F64, numba.f8, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
-    _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"),
+    _U64, _U8, _F64, numba.f8, numba.f8, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
+    _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"), _U8,
 )  # fmt: skip
 
 

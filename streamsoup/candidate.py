@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from streamsoup.companions import copy_companions
 from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.engine import Outcome
 from streamsoup.files import write_durably
+from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan
 from streamsoup.sinks import MemorySink, ModuleSink
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from streamsoup.sums.running import Member, RunningSoup
+
+
+_OUR_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Candidate:
@@ -104,13 +109,15 @@ class Candidate:
         The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
         """
         folder = Path(folder)
-        existing = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         pool = self._running.pool
         layout = pool.layout
-        with FileSink(folder, layout, existing=existing, durable=False) as sink:
+        known = folder in self._running.furnished  # by this process: an earlier one may have died half-way
+        if not known:
+            _remove_other_shards(folder, layout)
+        with FileSink(folder, layout, existing=known, durable=False) as sink:
             self.stream(sink)
-        if folder not in self._running.furnished:  # by this process: an earlier one may have died half-way
+        if not known:
             self._running.furnished.add(folder)
             if layout.index is not None:
                 write_durably(folder / "model.safetensors.index.json", layout.index)
@@ -152,6 +159,16 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._plan.table)
+
+
+def _remove_other_shards(folder: Path, layout: Layout) -> None:
+    """Remove shards and an index that another layout left in a folder for candidates."""
+    names = {shard.name for shard in layout.shards}
+    for file in folder.iterdir():
+        if _OUR_SHARDS.fullmatch(file.name) and file.name not in names:
+            file.unlink()
+    if layout.index is None:
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 def _optional_dtype(name: str | None) -> DType | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamsoup.errors import DestinationError, DiskSpaceError
+from streamsoup.errors import DestinationError, DiskSpaceError, ResumeError
 from streamsoup.units import format_bytes
 
 
@@ -56,6 +57,29 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock_folder(folder: Path) -> int:
+    """Take a folder for this process; closing the descriptor that is returned gives it back.
+
+    Raises
+    ------
+    ResumeError
+        If another process has it, or has just removed it.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ResumeError(f"{folder}: cannot be opened ({error.strerror}).") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(fd), os.stat(folder))
+    except OSError:
+        held = False
+    if not held:
+        os.close(fd)
+        raise ResumeError(f"{folder}: another process is at work on it. Wait until it ends.")
+    return fd
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

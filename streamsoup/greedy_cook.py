@@ -15,7 +15,7 @@ from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord
 from streamsoup.greedy_loop import GreedyLoop
 from streamsoup.greedy_options import make_job
 from streamsoup.pool import Pool
-from streamsoup.workspace import check_destination, destination_of
+from streamsoup.workspace import Workspace, check_destination, destination_of
 
 
 def greedy(
@@ -121,6 +121,7 @@ def cook_greedy(
     pool = Pool(job.ingredients, job.pool, progress)
     if job.out is not None:
         check_destination(destination_of(job.out), list(pool.checkpoints.values()), overwrite=job.overwrite)
+        Workspace(destination_of(job.out)).refuse_unfinished()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / JOB_NAME).exists():

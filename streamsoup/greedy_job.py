@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class GreedyJob:
         See `CommandScore`; for callables that return mappings too.
     score_command, before_command : str or None
     timeout_seconds : float or None
+    id : str
+        Tells its soup from another in the same place.
     candidates : str or None
         Folder for candidates; None: in the work folder.
     overwrite : bool
@@ -51,6 +54,7 @@ class GreedyJob:
     score_command: str | None = None
     before_command: str | None = None
     timeout_seconds: float | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     candidates: str | None = None
     overwrite: bool = False
     pool: PoolOptions = field(default_factory=PoolOptions)
@@ -79,16 +83,19 @@ def read_job(folder: Path) -> tuple[GreedyJob, dict[str, Any]]:
         document = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ResumeError(f"{folder}: holds no greedy soup to resume. Name the work folder.") from None
-    except ValueError:
-        document = {}
-    if document.pop("greedy", None) != JOB_FORMAT:
-        raise ResumeError(f"{folder}: is not readable by this version. Begin anew in another work folder.")
-    identities = document.pop("identities")
-    document["rule"] = Rule(**document["rule"])
-    document["pool"] = PoolOptions(**document["pool"])
-    for name in ("ingredients", "also"):
-        document[name] = tuple(document[name])
-    return GreedyJob(**document), identities
+    except (OSError, ValueError):
+        document = None
+    try:
+        if document.pop("greedy", None) != JOB_FORMAT:
+            raise TypeError
+        identities = dict(document.pop("identities"))
+        document["rule"] = Rule(**document["rule"])
+        document["pool"] = PoolOptions(**document["pool"])
+        for name in ("ingredients", "also"):
+            document[name] = tuple(document[name])
+        return GreedyJob(**document), identities
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ResumeError(f"{folder}: is not readable by this version. Begin anew in another work folder.") from None
 
 
 @dataclass(frozen=True, slots=True)

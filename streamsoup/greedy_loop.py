@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from streamsoup.budget import PeakSampler
 from streamsoup.candidate import Candidate
 from streamsoup.evaluator import Evaluator
+from streamsoup.files import lock_folder
 from streamsoup.forecast import sum_on_disk
 from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
 from streamsoup.greedy_output import publish_soup
@@ -28,6 +29,7 @@ from streamsoup.rules import Accept, Begin, Search, Trial
 from streamsoup.score import Scores
 from streamsoup.scorebook import Entry
 from streamsoup.sums import Member, RunningSoup, merge
+from streamsoup.workspace import Workspace, destination_of
 
 
 @dataclass
@@ -51,6 +53,19 @@ class GreedyLoop:
         self.evaluator = Evaluator(self.job, self.running, self.identities, self.folder, self.score, self.before_score)
 
     def run(self) -> GreedyResult:
+        """Decide, and write the soup.
+
+        Raises
+        ------
+        ResumeError
+            If another process is at work in the work folder.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None:
+                stack.callback(os.close, lock_folder(self.folder))
+            return self._run()
+
+    def _run(self) -> GreedyResult:
         began = time.perf_counter()
         self.pool.prepare()
         with self._said_where_to_resume(), PeakSampler() as sampler:
@@ -220,6 +235,10 @@ class GreedyLoop:
     def _publish(self, result: GreedyResult) -> GreedyResult:
         if self.job.out is None:
             return result
+        workspace = Workspace(destination_of(self.job.out))
+        if workspace.is_published(self.job.id):  # and then it died, before it could say so
+            workspace.remove()
+            return replace(result, path=workspace.destination.path)
         destination = publish_soup(
             self.job,
             self.running,
@@ -228,7 +247,6 @@ class GreedyLoop:
             written=None if self.evaluator.changes_candidates else self.evaluator.written,
             before=self.evaluator.run_before_command if self.job.before_command is not None else None,
             bring=self._bring,
-            job_id=uuid.uuid4().hex,
         )
         return replace(
             result,

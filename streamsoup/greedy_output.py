@@ -28,7 +28,6 @@ def publish_soup(
     written: Candidate | None,
     before: Callable[[Path], None] | None,
     bring: Callable[[tuple[Member, ...]], None],
-    job_id: str,
 ) -> Path:
     """Write the soup of a result's members beside its destination, and put it there.
 
@@ -42,7 +41,6 @@ def publish_soup(
         Run on the finished files, as it was on each candidate.
     bring : callable taking members
         Makes the running sum that of these members.
-    job_id : str
 
     Returns
     -------
@@ -50,8 +48,7 @@ def publish_soup(
     """
     assert job.out is not None
     workspace = Workspace(destination_of(job.out))
-    workspace.remove()  # what a crash while publishing left: the decision is not in it
-    workspace.create()
+    workspace.create()  # over what a crash while publishing left: the decision is not in it
     members, pool = result.members, running.pool
     moved = written is not None and written.is_exact and written.members == members and _move(written, workspace)
     with FileSink(workspace.soup, pool.layout, existing=moved) as sink:
@@ -79,7 +76,7 @@ def publish_soup(
         digests=[running.content_digests.get(m.path, "") for m in members],
         device=pool.backend.name,
         notes=notes,
-        job_id=job_id,
+        job_id=job.id,
     )
     write_durably(workspace.soup / "decisions.json", json.dumps(result.to_json(), indent=1))
     workspace.publish(overwrite=job.overwrite)

@@ -71,6 +71,8 @@ class ModuleSink:
                 problems.append(
                     f"{name}: shape {tuple(state[name].shape)} in the module, but {table.shape(position)} in the soup."
                 )
+            elif state[name].is_meta:
+                problems.append(f"{name}: is on the meta device in the module. Give it memory before loading.")
             elif not state[name].is_contiguous():
                 problems.append(f"{name}: is not contiguous in the module. Make it so before loading.")
         if strict:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.files import sync, write_durably
+from streamsoup.files import lock_folder, sync, write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
 from streamsoup.write import move_file, move_folder
 
@@ -132,18 +131,27 @@ class Workspace:
         ResumeError
             If unfinished work lies there.
         """
-        if self.is_leftover:
-            self.remove()
+        self.refuse_unfinished()
         if self.exists:
-            raise ResumeError(
-                f"{self.folder}: holds the unfinished work of an earlier run. Go on with "
-                f"`streamsoup soup --resume {self.destination.path}`, or begin anew with --restart."
-            )
+            self.remove()
         try:
             self.soup.mkdir(parents=True)
         except OSError as error:
             raise DestinationError(f"{self.folder}: cannot be made ({error.strerror}).") from error
         self.hold()
+
+    def refuse_unfinished(self) -> None:
+        """Check that no unfinished work of ``streamsoup soup`` lies there.
+
+        Raises
+        ------
+        ResumeError
+        """
+        if self.exists and not self.is_leftover:
+            raise ResumeError(
+                f"{self.folder}: holds the unfinished work of an earlier run. Go on with "
+                f"`streamsoup soup --resume {self.destination.path}`, or begin anew with --restart."
+            )
 
     @property
     def is_leftover(self) -> bool:
@@ -171,19 +179,9 @@ class Workspace:
         """
         if self._lock is not None:
             return
-        try:
-            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            raise self._nothing_here() from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its holder may have removed or published it just now.
-            held = self.folder.exists() and os.path.samestat(os.fstat(fd), os.stat(self.folder))
-        except OSError:
-            held = False
-        if not held:
-            os.close(fd)
-            raise ResumeError(f"{self.folder}: another process is at work on it. Wait until it ends.")
+        if not self.exists:
+            raise self._nothing_here()
+        fd = lock_folder(self.folder)
         self._lock = fd
 
     def release(self) -> None:

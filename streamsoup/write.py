@@ -65,6 +65,7 @@ class FileSink:
                     fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
                     self._fds.append(fd)
                     if not existing or os.fstat(fd).st_size != shard.file_bytes:
+                        os.ftruncate(fd, min(os.fstat(fd).st_size, shard.file_bytes))
                         os.posix_fallocate(fd, 0, shard.file_bytes)
                         pwrite_all(fd, memoryview(shard.head), 0)
         except BaseException:

@@ -105,7 +105,7 @@ def state(module):
 
 def test_the_modules_dtypes_are_kept_whatever_the_soups_are(running):
     module = Tied().to(torch.float64)
-    half = module._modules["half"].to(torch.bfloat16)  # `half` is a method too
+    half = module.low.to(torch.bfloat16)
     running.mean().load_into(module)
     tensors = running.mean().tensors()
     assert module.embed.weight.dtype == torch.float64
@@ -154,9 +154,9 @@ def test_both_names_of_a_tied_tensor_may_be_in_the_soup(tmp_path):
 
 def test_shapes_are_checked_even_when_names_may_be_left_out(running):
     module = Tied()
-    module.half = torch.nn.Linear(5, 3).half()
+    module.low = torch.nn.Linear(5, 3).half()
     before = state(module)
-    with pytest.raises(MismatchError, match=r"half\.weight"):
+    with pytest.raises(MismatchError, match=r"low\.weight"):
         running.mean().load_into(module, strict=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(module).items())
 
@@ -169,19 +169,6 @@ def test_every_problem_is_named(running):
         running.mean().load_into(module)
     for name in ("low.weight", "low.bias", "extra.weight", "extra.bias"):
         assert name in str(caught.value)
-
-
-def test_a_refusal_because_of_buffers_that_differ_leaves_the_module_unchanged(tmp_path):
-    runs = [
-        str(write_checkpoint(tmp_path / f"run{i}", {"weight": np.ones((2, 2), np.float32), "steps": np.arange(3) + i}))
-        for i in range(2)
-    ]
-    module = torch.nn.Linear(2, 2, bias=False)
-    module.register_buffer("steps", torch.tensor([7, 7, 7]))
-    before = state(module)
-    with pytest.raises(MismatchError, match="steps"):
-        streamsoup.RunningSoup(runs, budget_bytes=1 << 27).add(runs[0]).candidate(runs[1]).load_into(module)
-    assert all(torch.equal(before[name], tensor) for name, tensor in state(module).items())
 
 
 def test_state_that_is_no_tensor_is_left_alone(running):

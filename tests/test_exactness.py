@@ -17,7 +17,7 @@ from streamsoup.checkpoints import open_checkpoints
 from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
 from streamsoup.kernels.extent import extent
 from streamsoup.read import OpenFiles, open_source
-from streamsoup.sums.exactness import Extent, MeasuringSource, is_exact
+from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 F64 = NAMES.index("f64")
@@ -38,7 +38,7 @@ def unit_of(values, code):
 
 
 def check(array, code):
-    above, unit = extent(np.ascontiguousarray(array).view(np.uint8).reshape(-1), code)
+    above, unit, _ = extent(np.ascontiguousarray(array).view(np.uint8).reshape(-1), code)
     values = [v for v in widened(array).tolist() if v != 0]
     if not values:
         assert (above, unit) == (-5000, 5000)
@@ -104,15 +104,15 @@ WEIGHTS = st.sampled_from([1.0, 2.0, 0.5, 0.75, 0.1, 3.0, 1e-3, 255 / 256])
 
 
 def extent_of(values):
-    above, unit = extent(np.array(values, np.float32).view(np.uint8), 2)
-    return Extent(np.array([above], np.int32), np.array([unit], np.int32))
+    above, unit, _ = extent(np.array(values, np.float32).view(np.uint8), 2)
+    return Extent(np.array([above], np.int32), np.array([unit], np.int32), np.zeros(1, np.bool_))
 
 
 @given(ingredients=st.lists(st.tuples(ELEMENTS, WEIGHTS), min_size=1, max_size=4), digits=st.sampled_from([53, 24]))
 def test_where_it_says_exact_every_order_of_adding_and_removing_is(ingredients, digits):
     terms = {str(i): weight for i, (_, weight) in enumerate(ingredients)}
     extents = {str(i): extent_of(values) for i, (values, _) in enumerate(ingredients)}
-    if not is_exact(terms, extents, digits=digits):
+    if not is_exact({path: Entered.of(w) for path, w in terms.items()}, extents, digits=digits):
         return
     kind = np.float64 if digits == 53 else np.float32
     for order in itertools.islice(itertools.permutations(range(len(ingredients))), 24):
@@ -140,20 +140,20 @@ def test_it_does_say_exact_of_real_fine_tunes_in_16_bits(tmp_path):
 @pytest.mark.parametrize("weight", [0.1, 1 / 3, 0.7])
 def test_weights_with_many_digits_are_not_exact(weight):
     values = {"a": extent_of([1.0, 3.0]), "b": extent_of([5.0])}
-    assert is_exact({"a": 1.0, "b": 1.0}, values, digits=53)
-    assert not is_exact({"a": weight, "b": 1.0}, values, digits=53)
+    assert is_exact({"a": Entered.of(1.0), "b": Entered.of(1.0)}, values, digits=53)
+    assert not is_exact({"a": Entered.of(weight), "b": Entered.of(1.0)}, values, digits=53)
 
 
 def test_what_was_never_measured_is_not_exact():
-    assert not is_exact({"a": 1.0}, {}, digits=53)
+    assert not is_exact({"a": Entered.of(1.0)}, {}, digits=53)
     assert is_exact({}, {}, digits=53)
 
 
 def test_the_bound_is_where_it_should_be():
     one, tiny = extent_of([1.0]), extent_of([2.0**-29])
-    assert is_exact({"a": 1.0, "b": 1.0}, {"a": one, "b": tiny}, digits=54)
-    assert not is_exact({"a": 1.0, "b": 1.0}, {"a": one, "b": tiny}, digits=53)
-    assert is_exact({"a": 1.0, "b": 1.0}, {"a": extent_of([0.5]), "b": tiny}, digits=53)
+    assert is_exact({"a": Entered.of(1.0), "b": Entered.of(1.0)}, {"a": one, "b": tiny}, digits=54)
+    assert not is_exact({"a": Entered.of(1.0), "b": Entered.of(1.0)}, {"a": one, "b": tiny}, digits=53)
+    assert is_exact({"a": Entered.of(1.0), "b": Entered.of(1.0)}, {"a": extent_of([0.5]), "b": tiny}, digits=53)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])

@@ -102,12 +102,11 @@ POINTS = {
     "publish": (workspace.Workspace, "publish"),
     "workspace goes": (workspace.Workspace, "remove"),
     "folder moves": (workspace, "move_folder"),
-    "durable": (files, "sync"),
+    "durable": (workspace, "sync"),
     "rename": (os, "rename"),
     "replace": (os, "replace"),
     "fsync": (os, "fsync"),
     "pwrite": (os, "pwrite"),
-    "unlink": (os, "unlink"),
     "write": (os, "write"),
 }
 
@@ -236,6 +235,7 @@ class Bench:
             folder.mkdir()
             answer = self.server(self.job(folder, "host", kind))
             assert answer["code"] == 0, answer["errors"]
+            answer["digests"] = digests(folder)
             self.done[kind] = (answer, weights_bytes(folder / "soup"), diary(folder))
         return self.done[kind]
 
@@ -243,6 +243,12 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, server):
     return Bench(tmp_path_factory.mktemp("greedy"), server)
+
+
+def digests(folder):
+    """Who the ingredients were, by the manifest of the soup."""
+    manifest = json.loads((folder / "soup" / "streamsoup.json").read_text())
+    return [entry["content_digest"] for entry in manifest["ingredients"]]
 
 
 def diary(folder, word="asked"):
@@ -279,6 +285,7 @@ def kill_and_resume(bench, folder, place, kind, *points):
     assert weights_bytes(folder / "soup") == weights
     assert answer["members"] == expected["members"]
     assert answer["trials"] == expected["trials"]
+    assert digests(folder) == expected["digests"]
     assert set(diary(folder)) == set(asked)
     assert len(diary(folder)) <= len(asked) + len(points), "more than the one under way was asked for again"
     assert not (folder / "soup.partial").exists()

@@ -37,7 +37,9 @@ from streamsoup.read import OpenFiles, Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
-CHUNK_BYTES = 8 << 20  # 4 to 16 MiB did best; tiles are at most one chunk
+# 8 MiB of float64; 4 to 16 MiB did best. A tile is never larger than a chunk, and never crosses one.
+CHUNK_ELEMENTS = 1 << 20
+CHUNK_BYTES = 8 * CHUNK_ELEMENTS
 _LONGEST_NAME = 1000
 # A name that is no plain path (it may lead out of the folder) is replaced by a number.
 _PLAIN_NAME = re.compile(r"(?!c$|zarr\.json$|manifest\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -73,10 +75,19 @@ class GenerationStore:
         Of the sum.
     backend : Backend
         Digests the chunks.
+    like : str
+        Path of the ingredient that gives names and dtypes, to be found again.
     """
 
     def __init__(
-        self, folder: Path, table: TensorTable, averaged: npt.NDArray[np.bool_], dtype: DType, backend: Backend
+        self,
+        folder: Path,
+        table: TensorTable,
+        averaged: npt.NDArray[np.bool_],
+        dtype: DType,
+        backend: Backend,
+        *,
+        like: str = "",
     ) -> None:
         self._folder = folder
         self._table = table
@@ -85,6 +96,7 @@ class GenerationStore:
         self._averaged = averaged
         self._dtype = dtype
         self._backend = backend
+        self._like = like
         self._files = OpenFiles()
         self._metadata: dict[tuple[int, ...], str] = {}
         self._lock = threading.Lock()
@@ -98,8 +110,15 @@ class GenerationStore:
     def members_in(folder: Path) -> list[list[Any]]:
         """What the newest whole generation in a folder is the sum of; empty if there is none."""
         for path in sorted(folder.glob("gen-*/manifest.json"), reverse=True):
-            return list(json.loads(path.read_text(encoding="utf-8"))["members"])
+            return list((_read_manifest(path) or {}).get("members", []))
         return []
+
+    @staticmethod
+    def like_in(folder: Path) -> str | None:
+        """Path of the ingredient that gave names and dtypes; None if it is not known."""
+        for path in sorted(folder.glob("gen-*/manifest.json"), reverse=True):
+            return (_read_manifest(path) or {}).get("like")
+        return None
 
     @property
     def members(self) -> list[list[Any]] | None:
@@ -125,28 +144,24 @@ class GenerationStore:
         """Compare one chunk with [bytes, digest]."""
         nbytes, digest = expected
         raw = np.fromfile(path, np.uint8, nbytes)
-        first = chunk * self._chunk_elements // BLOCK_ELEMENTS
+        first = chunk * CHUNK_ELEMENTS // BLOCK_ELEMENTS
         return len(raw) == nbytes and digest == self._backend.digest(
             raw.ctypes.data, nbytes, self._dtype.itemsize, first
         )
 
     def _manifest(self) -> dict[str, Any] | None:
-        try:
-            text = (self._path(self._number) / "manifest.json").read_text(encoding="utf-8")
-        except OSError:
-            return None
-        return dict(json.loads(text))
+        return _read_manifest(self._path(self._number) / "manifest.json")
 
     @property
-    def _chunk_elements(self) -> int:
-        return CHUNK_BYTES // self._dtype.itemsize
+    def _chunk_bytes(self) -> int:
+        return CHUNK_ELEMENTS * self._dtype.itemsize
 
     def _path(self, number: int) -> Path:
         return self._folder / f"gen-{number:06d}"
 
     def source(self) -> Source:
         """See `SumStore`."""
-        return _GenerationSource(self._path(self._number), self._table, CHUNK_BYTES)
+        return _GenerationSource(self._path(self._number), self._table, self._chunk_bytes)
 
     def begin(self) -> Sink:
         """See `SumStore`."""
@@ -176,7 +191,7 @@ class GenerationStore:
             zarr.create_array(
                 store,
                 shape=(int(self._table.elements[tensor]) * parts,),  # double-double: hi, lo, hi, lo ...
-                chunks=(min(elements, self._chunk_elements) * parts,),
+                chunks=(min(elements, CHUNK_ELEMENTS) * parts,),
                 dtype=self._numpy_dtype,
                 compressors=None,
                 filters=None,
@@ -199,8 +214,8 @@ class GenerationStore:
             return
         assert self._next is not None
         name = self._names[tensor]
-        chunk, inside = divmod(offset, CHUNK_BYTES)
-        full = min(CHUNK_BYTES, self._sizes[tensor])
+        chunk, inside = divmod(offset, self._chunk_bytes)
+        full = min(self._chunk_bytes, self._sizes[tensor])
         fd = os.open(self._next / name / "c" / str(chunk), os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.ftruncate(fd, full)  # zarr pads the last chunk to the size of all
@@ -228,14 +243,23 @@ class GenerationStore:
         sizes = {self._names[t]: self._sizes[t] for t in np.flatnonzero(self._averaged).tolist()}
         digests = {
             name: {
-                chunk: [min(CHUNK_BYTES, sizes[name] - int(chunk) * CHUNK_BYTES), digest]
+                chunk: [min(self._chunk_bytes, sizes[name] - int(chunk) * self._chunk_bytes), digest]
                 for chunk, digest in chunks.items()
             }
             for name, chunks in self._digests.items()
         }
-        document = {"members": [list(member) for member in members], "digests": digests}
+        document = {"like": self._like, "members": [list(member) for member in members], "digests": digests}
         write_durably(self._next / "manifest.json", json.dumps(document))
         self._number += 1
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """Read a manifest; None if it is missing or damaged, and with it the sum."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.keys() >= {"members", "digests"} else None
 
 
 class _GenerationSource:

@@ -105,7 +105,9 @@ class RunningSoup:
             return MemoryStore(self._sum.table, pool.averaged)
         # A tile of the sum is read into a buffer for each worker.
         pool.budget_bytes -= min(pool.budget_bytes // 2, 2 * CHUNK_BYTES)
-        return GenerationStore(Path(folder), self._sum.table, pool.averaged, pool.sum_dtype, pool.backend)
+        return GenerationStore(
+            Path(folder), self._sum.table, pool.averaged, pool.sum_dtype, pool.backend, like=pool.first.path
+        )
 
     @property
     def weight(self) -> float:
@@ -285,7 +287,9 @@ class RunningSoup:
         members = tuple(Member(str(path), float(weight)) for path, weight, _ in rows)
         if not members:
             raise ResumeError(f"{folder}: holds no running sum. Name the folder that was given to RunningSoup.")
-        running = RunningSoup([m.path for m in members], folder=folder, **options)
+        like = GenerationStore.like_in(Path(folder)) or members[0].path
+        paths = dict.fromkeys([like, *(m.path for m in members)])
+        running = RunningSoup(list(paths), folder=folder, **options)
         for path, _, key in rows:
             if running._key(path) != key:
                 raise ChangedIngredientError(

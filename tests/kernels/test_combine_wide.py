@@ -111,3 +111,31 @@ def test_mixed_sources_join_float64(backend):
     for out_code in (BF16, F64):
         answer = run(backend, arrays, codes, weights, high, out_code, low=low)
         np.testing.assert_array_equal(bits(answer, out_code), expected(arrays, codes, weights, total, out_code))
+
+
+@pytest.mark.parametrize("divisor", [1.0, -2.0, 8.0, 2.0**64, 2.0**65, 2.0**-64, 3.0])
+@pytest.mark.parametrize("out_code", [F64, PAIR, F32], ids=["f64", "pair", "f32"])
+def test_scaling_by_powers_of_two_gives_the_bits_of_a_division(divisor, out_code):
+    rng = np.random.default_rng(int(abs(divisor)) % 97)
+    base = random_finite(rng, F64, 3001)
+    base[:1000] *= 2.0**-480
+    base[500:700] = rng.standard_normal(200) * 2.0**-499
+    base[700:800] = 0.0
+    almost = -base * (1.0 + 2.0**-52 * rng.integers(-2, 3, 3001))
+    arrays = [base, almost, rng.integers(-9, 10, 3001) * 5e-324]
+    for weights in ([1.0] * 3, [1.0, 2.0**-300, 2.0**-399]):
+        arguments = (arrays, [F64] * 3, weights, divisor, out_code)
+        one, other = run("numba", *arguments, low=0.0), run("torch", *arguments, low=0.0)
+        np.testing.assert_array_equal(one.out, other.out)
+        assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("divisor", [1.0, 2.0, 3.0])
+def test_a_pair_alone_is_made_canonical_the_same_way(divisor):
+    rng = np.random.default_rng(6)
+    pair = rng.standard_normal(2000) * 2.0 ** rng.integers(-80, 80, 2000)
+    pair[1:200:2] = -0.0
+    pair[200:300:2] = -0.0
+    for out_code in (PAIR, F64):
+        one, other = (run(backend, [pair], [PAIR], [1.0], divisor, out_code, low=0.0) for backend in BACKENDS)
+        np.testing.assert_array_equal(one.out, other.out)
