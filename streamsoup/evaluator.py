@@ -64,8 +64,16 @@ class Evaluator:
         self._folder = folder
         self._score = found
         self._before_score = before_score
-        keys = {path: identity_key(identity) for path, identity in identities.items()}
+        # The place in the job too: identities sample, and two ingredients may differ elsewhere only.
+        keys = {path: f"{identity_key(identities[path])}-{i}" for i, path in enumerate(job.ingredients)}
         self.book = ScoreBook(None if folder is None else folder / "scores.jsonl", keys)
+
+    @property
+    def changed_by(self) -> str | None:
+        """What changes candidates before they are scored, in words."""
+        if self._job.before_command is not None:
+            return self._job.before_command
+        return None if self._before_score is None else "a callable given as before_score"
 
     @property
     def changes_candidates(self) -> bool:
@@ -76,7 +84,10 @@ class Evaluator:
         """Score an ingredient where it lies, uncopied."""
         candidate = self._running.alone(path)
         candidate.path = Path(path)
-        return self._entry(candidate, began=time.perf_counter(), prepare=False)
+        reads = dict(self._running.reads)
+        entry = self._entry(candidate, began=time.perf_counter(), prepare=False)
+        self._running.reads = reads  # counted are reads beyond an ingredient's own scoring
+        return entry
 
     def candidate(self, candidate: Candidate, *, began: float) -> Entry:
         """Score a candidate; `began` is when its making did."""

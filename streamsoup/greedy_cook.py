@@ -8,7 +8,7 @@ from typing import Any
 
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
-from streamsoup.errors import ResumeError
+from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.files import require_space
 from streamsoup.forecast import Forecast, sum_on_disk
 from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
@@ -119,6 +119,8 @@ def cook_greedy(
     """
     folder = None if workdir is None else Path(workdir)
     pool = Pool(job.ingredients, job.pool, progress)
+    if job.out is not None and destination_of(job.out).is_file:
+        raise DestinationError(f"{job.out}: a greedy soup is a folder. Name one, or soup its recipe into a file.")
     if job.out is not None:
         check_destination(destination_of(job.out), list(pool.checkpoints.values()), overwrite=job.overwrite)
         Workspace(destination_of(job.out)).refuse_unfinished()

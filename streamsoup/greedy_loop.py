@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -95,6 +96,8 @@ class GreedyLoop:
                 seconds=time.perf_counter() - began,
             )
             result = self._publish(result)
+        if self.job.candidates is not None:
+            shutil.rmtree(Path(self.job.candidates) / "candidate", ignore_errors=True)
         if self.folder is not None:
             text = json.dumps(result.to_json(), indent=1)
             (self.folder / "decisions.json").write_text(text, encoding="utf-8")
@@ -247,6 +250,7 @@ class GreedyLoop:
             written=None if self.evaluator.changes_candidates else self.evaluator.written,
             before=self.evaluator.run_before_command if self.job.before_command is not None else None,
             bring=self._bring,
+            changed_by=self.evaluator.changed_by,
         )
         return replace(
             result,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -40,6 +41,9 @@ def make_job(
     job = {name: given.pop(name) for name in _OF_JOB if name in given}
     if given:
         raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a greedy soup.")
+    for path, score in job.get("own_scores", {}).items():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise RecipeError(f"{path}: its own score is {score!r}, not a finite number.")
     if unknown := set(job.get("own_scores", ())) - set(ingredients):
         raise RecipeError(f"{sorted(unknown)[0]}: has a score, but is not among the ingredients.")
     job["also"] = tuple(job.get("also", ()))

@@ -28,6 +28,7 @@ def publish_soup(
     written: Candidate | None,
     before: Callable[[Path], None] | None,
     bring: Callable[[tuple[Member, ...]], None],
+    changed_by: str | None,
 ) -> Path:
     """Write the soup of a result's members beside its destination, and put it there.
 
@@ -41,6 +42,8 @@ def publish_soup(
         Run on the finished files, as it was on each candidate.
     bring : callable taking members
         Makes the running sum that of these members.
+    changed_by : str or None
+        What changed candidates before they were scored.
 
     Returns
     -------
@@ -59,6 +62,8 @@ def publish_soup(
     if before is not None:
         before(workspace.soup)
         notes.append(f"Changed after averaging by: {job.before_command}")
+    elif changed_by is not None:
+        notes.append(f"Candidates were changed before they were scored by {changed_by}; this soup was not.")
     recipe = Recipe(
         tuple(Ingredient(m.path, m.weight) for m in members),
         dtype=job.pool.dtype,

@@ -174,7 +174,7 @@ def test_extents_measured_tile_by_tile_are_those_of_the_whole(tmp_path, dtype):
     source.close()
     files.close()
     code = FORMAT_DTYPES[int(checkpoint.table.dtypes[0])].kernel_code
-    expected = extent(np.ascontiguousarray(values.astype(kind)).view(np.uint8), code)
+    expected = extent(np.ascontiguousarray(values.astype(kind)).view(np.uint8), code)[:2]
     assert (source.extent.above[0], source.extent.unit[0]) == expected
     assert (source.extent.above[1], source.extent.unit[1]) == (-5000, 5000)  # not a float: nothing to add up
     assert (source.extent.above[2], source.extent.unit[2]) == (-5000, 5000)

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class GenerationStore:
         """What the current generation is the sum of: what was given to `commit`; None if there is none."""
         manifest = self._manifest()
         return None if manifest is None else list(manifest["members"])
+
+    @property
+    def content_digests(self) -> dict[str, str]:
+        """Content digests of the ingredients read so far, as given to `commit`."""
+        return dict((self._manifest() or {}).get("content_digests", {}))
 
     def verify(self) -> bool:
         """Read the current generation and compare its digests."""
@@ -237,7 +242,7 @@ class GenerationStore:
     def sync(self) -> None:
         """See `Sink`. A generation need not be durable: its digests tell if it is whole, and it can be made anew."""
 
-    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+    def commit(self, members: Sequence[Sequence[Any]], content_digests: Mapping[str, str]) -> None:
         """See `SumStore`."""
         assert self._next is not None
         sizes = {self._names[t]: self._sizes[t] for t in np.flatnonzero(self._averaged).tolist()}
@@ -249,6 +254,7 @@ class GenerationStore:
             for name, chunks in self._digests.items()
         }
         document = {"like": self._like, "members": [list(member) for member in members], "digests": digests}
+        document["content_digests"] = dict(content_digests)
         write_durably(self._next / "manifest.json", json.dumps(document))
         self._number += 1
 

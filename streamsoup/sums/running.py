@@ -221,7 +221,8 @@ class RunningSoup:
             if isinstance(source, MeasuringSource):
                 self._extents[operand.path] = source.extent
         self.count(plan, outcome)
-        self._store.commit([(m.path, m.weight, self._key(m.path)) for m in members])
+        rows = [(m.path, m.weight, self._key(m.path)) for m in members]
+        self._store.commit(rows, self.content_digests)
         self.members = members
 
     def count(self, plan: Plan, outcome: Outcome) -> None:
@@ -270,6 +271,7 @@ class RunningSoup:
             return False
         if not store.verify():
             return False
+        self.content_digests |= store.content_digests
         self.members = members
         self._entered = {m.path: Entered.of(m.weight) for m in members}
         return True

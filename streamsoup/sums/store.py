@@ -49,7 +49,7 @@ class SumStore(Protocol):
         """Return where the next sum is written. It counts only after `commit`."""
         ...
 
-    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+    def commit(self, members: Sequence[Sequence[Any]], content_digests: Mapping[str, str]) -> None:
         """Make what was written the current sum, and write down what it is the sum of."""
         ...
 
@@ -77,7 +77,7 @@ class MemoryStore:
         self._whole = False
         return self
 
-    def commit(self, members: Sequence[Sequence[Any]]) -> None:
+    def commit(self, members: Sequence[Sequence[Any]], content_digests: Mapping[str, str]) -> None:
         """See `SumStore`."""
         self._whole = True
 
