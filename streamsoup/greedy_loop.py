@@ -120,7 +120,10 @@ class GreedyLoop:
         job, rule = self.job, self.job.rule
         own: list[float | None] = [job.own_scores.get(path) for path in job.ingredients]
         search = Search(rule, own)
-        wanted = range(len(own)) if rule.order == "score" else [search.order(n)[0] for n in range(rule.restarts + 1)]
+        if rule.order == "score":
+            wanted = list(range(len(own)))
+        else:  # the one that begins; pruning begins with all of them together
+            wanted = [] if rule.prune else [search.order(n)[0] for n in range(rule.restarts + 1)]
         for i in wanted:
             if own[i] is None:
                 own[i] = value = self.evaluator.alone(job.ingredients[i]).scores.value
@@ -174,7 +177,8 @@ class GreedyLoop:
     def _try(self, current: tuple[Member, ...], trial: Trial) -> Entry:
         began = time.perf_counter()
         path = self.job.ingredients[trial.ingredient]
-        ready = self.running.members == current
+        running = self.running
+        ready = running.members == current or (not running.members and running.restore(current))
         if trial.change > 0 and prefer_reread(
             {m.path: int(self.pool.open(m.path).table.nbytes.sum()) for m in current},
             self.running.reads,

@@ -1,6 +1,6 @@
 """A greedy soup killed with -9 anywhere goes on to the same decisions and bits, and asks for no score twice.
 
-This file is two things. As a script it runs jobs, one JSON line each from standard input, each in a fork of its own that
+This file is two things. As a script it runs jobs, a JSON line each from standard input, each in a fork of its own that
 may kill itself at the n-th call of a point (so that torch and numba are imported once); as a test it judges them.
 """
 
@@ -23,7 +23,6 @@ from factory import read_checkpoint, weights_bytes, write_checkpoint
 import streamsoup
 from streamsoup import (
     candidate,
-    files,
     greedy_cook,
     greedy_loop,
     greedy_output,
@@ -396,7 +395,7 @@ def test_a_sum_that_was_damaged_meanwhile_is_made_anew(bench, server, tmp_path, 
     elif damage == "gone":
         chunk.unlink()
     else:
-        (newest / "manifest.json").write_text("{")
+        (newest / "zarr.json").write_text("{")
     answer = server(job)
     assert answer["code"] == 0, answer["errors"]
     assert weights_bytes(tmp_path / "soup") == weights

@@ -4,10 +4,10 @@
 
     sums/
         gen-000007/
-            zarr.json                    the group
+            zarr.json                    the group, written last; its attributes say what it is the sum of, and the
+                                         digests of the chunks
             <tensor name>/zarr.json      one uncompressed array a tensor
             <tensor name>/c/0 ...        raw little-endian chunks
-            manifest.json                written last: what it is the sum of, digests of the chunks
 
 zarr makes the metadata (and reads the result); the chunks, which are plain bytes without a codec, are written and read
 with pwrite and pread, since zarr's own path would copy and lock.
@@ -41,6 +41,7 @@ from streamsoup.write import Sink
 CHUNK_ELEMENTS = 1 << 20
 CHUNK_BYTES = 8 * CHUNK_ELEMENTS
 _LONGEST_NAME = 1000
+_ATTRIBUTE = "streamsoup"
 # A name that is no plain path (it may lead out of the folder) is replaced by a number.
 _PLAIN_NAME = re.compile(r"(?!c$|zarr\.json$|manifest\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -103,20 +104,20 @@ class GenerationStore:
         self._digests: dict[str, dict[str, int]] = {}
         self._next: Path | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name[4:]) for path in folder.glob("gen-*") if (path / "manifest.json").exists()]
+        numbers = [int(path.name[4:]) for path in folder.glob("gen-*") if (path / "zarr.json").exists()]
         self._number = max(numbers, default=0)
 
     @staticmethod
     def members_in(folder: Path) -> list[list[Any]]:
         """What the newest whole generation in a folder is the sum of; empty if there is none."""
-        for path in sorted(folder.glob("gen-*/manifest.json"), reverse=True):
+        for path in sorted(folder.glob("gen-*/zarr.json"), reverse=True):
             return list((_read_manifest(path) or {}).get("members", []))
         return []
 
     @staticmethod
     def like_in(folder: Path) -> str | None:
         """Path of the ingredient that gave names and dtypes; None if it is not known."""
-        for path in sorted(folder.glob("gen-*/manifest.json"), reverse=True):
+        for path in sorted(folder.glob("gen-*/zarr.json"), reverse=True):
             return (_read_manifest(path) or {}).get("like")
         return None
 
@@ -155,7 +156,7 @@ class GenerationStore:
         )
 
     def _manifest(self) -> dict[str, Any] | None:
-        return _read_manifest(self._path(self._number) / "manifest.json")
+        return _read_manifest(self._path(self._number) / "zarr.json")
 
     @property
     def _chunk_bytes(self) -> int:
@@ -170,13 +171,10 @@ class GenerationStore:
 
     def begin(self) -> Sink:
         """See `SumStore`."""
-        import zarr
-
         self._next = self._path(self._number + 1)
         for path in self._folder.glob("gen-*"):
             if path != self._path(self._number):  # with the new one there are two on disk, never three
                 shutil.rmtree(path)
-        zarr.create_group(store=str(self._next))
         for tensor in np.flatnonzero(self._averaged).tolist():
             folder = self._next / self._names[tensor]
             (folder / "c").mkdir(parents=True)
@@ -255,15 +253,16 @@ class GenerationStore:
         }
         document = {"like": self._like, "members": [list(member) for member in members], "digests": digests}
         document["content_digests"] = dict(content_digests)
-        write_durably(self._next / "manifest.json", json.dumps(document))
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: document}}
+        write_durably(self._next / "zarr.json", json.dumps(group))
         self._number += 1
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """Read a manifest; None if it is missing or damaged, and with it the sum."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = json.loads(path.read_text(encoding="utf-8"))["attributes"][_ATTRIBUTE]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return document if isinstance(document, dict) and document.keys() >= {"members", "digests"} else None
 
