@@ -61,7 +61,6 @@ def test_whatever_is_accepted_a_greedy_run_reads_nothing_a_third_time(accepted):
         summed[:] = kept
 
     for number, accept in enumerate(accepted, 1):
-        left = len(accepted) - number
         sizes = dict.fromkeys(kept, 10)
         if prefer_reread(sizes, reads, sum_bytes=40, sum_ready=summed == kept):
             for path in kept:
