@@ -69,14 +69,12 @@ def extent(raw: NDArray[np.uint8], code: int) -> tuple[int, int, bool]:
     itemsize = {BF16: 2, F16: 2, F32: 4, F64: 8}.get(code, 1)
     kind = width[itemsize]
     bits = raw.view(kind) if raw.ctypes.data % itemsize == 0 else raw.copy().view(kind)
-    mask = kind((1 << (8 * itemsize - 1)) - 1)
+    limit = (1 << (8 * itemsize - 1)) - 1
+    mask = kind(limit)
     largest, smallest, negative = (int(x) for x in _largest_and_smallest(bits, mask))
     if largest == 0:
         return -5000, 5000, bool(negative)
-    if (
-        largest & NONFINITE_MASK[code] & int(mask) == NONFINITE_VALUE[code] & int(mask)
-        and NONFINITE_VALUE[code] != 0x80
-    ):
+    if largest & NONFINITE_MASK[code] & limit == NONFINITE_VALUE[code] & limit and NONFINITE_VALUE[code] != 0x80:
         return 5000, -5000, bool(negative)
     above = max(largest >> mantissa, 1) - bias + 1
     unit = max((smallest + 1) >> mantissa, 1) - bias - mantissa
