@@ -252,6 +252,9 @@ class Workspace:
         """
         if self.exists:
             self.hold()
+            ours = {self.soup.name, self.journal_path.name, "job.json", ".job.json.new"}
+            if others := sorted({path.name for path in self.folder.iterdir()} - ours):
+                raise ResumeError(f"{self.folder}: holds {others[0]}, which is not ours. Move the folder away.")
             # What says that there is work goes last: a run that dies in between leaves a folder without any.
             for path in (self.soup, self.journal_path, self.folder / "job.json"):
                 if os.path.lexists(path):

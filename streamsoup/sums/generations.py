@@ -42,6 +42,7 @@ CHUNK_ELEMENTS = 1 << 20
 CHUNK_BYTES = 8 * CHUNK_ELEMENTS
 _LONGEST_NAME = 1000
 _ATTRIBUTE = "streamsoup"
+_GENERATION = re.compile(r"gen-\d{6}")  # other folders there are not ours to remove
 # A name that is no plain path (it may lead out of the folder) is replaced by a number.
 _PLAIN_NAME = re.compile(r"(?!c$|zarr\.json$|manifest\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -104,7 +105,8 @@ class GenerationStore:
         self._digests: dict[str, dict[str, int]] = {}
         self._next: Path | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name[4:]) for path in folder.glob("gen-*") if (path / "zarr.json").exists()]
+        found = [path for path in folder.glob("gen-*") if _GENERATION.fullmatch(path.name)]
+        numbers = [int(path.name[4:]) for path in found if (path / "zarr.json").exists()]
         self._number = max(numbers, default=0)
 
     @staticmethod
@@ -173,7 +175,9 @@ class GenerationStore:
         """See `SumStore`."""
         self._next = self._path(self._number + 1)
         for path in self._folder.glob("gen-*"):
-            if path != self._path(self._number):  # with the new one there are two on disk, never three
+            if _GENERATION.fullmatch(path.name) and path != self._path(
+                self._number
+            ):  # with the new one there are two on disk, never three
                 shutil.rmtree(path)
         for tensor in np.flatnonzero(self._averaged).tolist():
             folder = self._next / self._names[tensor]
