@@ -161,6 +161,15 @@ def test_shapes_are_checked_even_when_names_may_be_left_out(running):
     assert all(torch.equal(before[name], tensor) for name, tensor in state(module).items())
 
 
+def test_tensors_that_are_not_contiguous_are_refused_and_unchanged(running):
+    module = Tied()
+    module.embed.weight = module.head.weight = torch.nn.Parameter(torch.randn(6, 4).t())
+    before = state(module)
+    with pytest.raises(MismatchError, match=r"embed\.weight: is not contiguous"):
+        running.mean().load_into(module)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(module).items())
+
+
 def test_every_problem_is_named(running):
     module = Tied()
     del module.low

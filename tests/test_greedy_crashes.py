@@ -381,6 +381,14 @@ def test_a_whole_sum_on_disk_is_used_again_and_its_members_are_not_read(bench, t
     assert answer["rebuilt"] == 0
 
 
+def test_resuming_does_not_go_through_the_decisions_by_reading_again(bench, tmp_path):
+    """A sum in memory is lost; its members are read for the trial that was under way, and once for the soup."""
+    _, _, asked = bench.uninterrupted("greedy")
+    answer = kill_and_resume(bench, tmp_path, "host", "greedy", ("evaluation", len(asked), True))
+    assert answer["evaluations"] == 1
+    assert max(answer["reads"].values()) <= 2
+
+
 @pytest.mark.parametrize("damage", ["bit", "gone", "manifest"])
 def test_a_sum_that_was_damaged_meanwhile_is_made_anew(bench, server, tmp_path, damage):
     _, weights, asked = bench.uninterrupted("greedy")
