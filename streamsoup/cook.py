@@ -34,7 +34,7 @@ from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import choose_mode, open_sources
-from streamsoup.recipe import Recipe, make_recipe, read_recipe, recipe_from_mapping, recipe_to_mapping
+from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping
 from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
@@ -171,15 +171,16 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
     if execution.restart:
         workspace.remove()
     require_space(_existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
+    workspace.refuse_unfinished()
+    job = {
+        "id": uuid.uuid4().hex,
+        "recipe": recipe_to_mapping(recipe),
+        "fingerprint": plan.fingerprint,
+        "overwrite": execution.overwrite,
+        "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
+    }
     workspace.create()
     with _keep_or_remove(workspace, keep=execution.keep):
-        job = {
-            "id": uuid.uuid4().hex,
-            "recipe": recipe_to_mapping(recipe),
-            "fingerprint": plan.fingerprint,
-            "overwrite": execution.overwrite,
-            "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
-        }
         workspace.write_job(job)
         return _Cook(plan, mode, recipe, workspace, job, backend, execution, began).run()
 
@@ -213,20 +214,12 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
 
 
 def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
-    done = workspace.is_leftover and workspace.recipe_path.exists()
-    if done:  # it died between putting the soup in place and removing the last of the workspace
-        job: dict[str, Any] = {
-            "id": "",
-            "overwrite": True,
-            "recipe": recipe_to_mapping(read_recipe(workspace.recipe_path)),
-        }
-    else:
-        job = workspace.read_job()
+    job = workspace.read_job()
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
         recipe = replace(recipe, nonfinite=nonfinite)
     backend = open_backend(execution.device)
-    published = done or workspace.is_published(job["id"])
+    published = workspace.is_published(job["id"])
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"] or published)
     plan, mode = plan_soup(recipe, workspace.destination.path, execution, resuming=True)
     cook = _Cook(plan, mode, recipe, workspace, job, backend, execution, began)

@@ -26,6 +26,7 @@ from streamsoup.write import move_file, move_folder
 
 FILE_SUFFIX = ".safetensors"
 JOB_FORMAT = 1
+_NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace
 _JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "identities"}
 
 
@@ -159,15 +160,7 @@ class Workspace:
         if not self.exists:
             return False
         names = {path.name for path in self.folder.iterdir()}
-        return names <= {self.soup.name, self.journal_path.name}
-
-    @property
-    def recipe_path(self) -> Path:
-        """Where a published soup's recipe is."""
-        path = self.destination.path
-        if self.destination.is_file:
-            return path.with_name(f"{self.destination.companion_stem}.{RECIPE_NAME}")
-        return path / RECIPE_NAME
+        return names <= _NAMES - {"job.json"}
 
     def hold(self) -> None:
         """Take the folder for this process, until `release`.
@@ -206,6 +199,9 @@ class Workspace:
         ------
         ResumeError
         """
+        if self.is_leftover:  # a run died while making or removing the folder: there is no work in it
+            self.remove()
+            raise self._nothing_here()
         try:
             job = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -217,13 +213,16 @@ class Workspace:
     def is_published(self, job_id: str) -> bool:
         """Whether a run died after the soup took its place, but before the workspace was removed."""
         target = self.destination.path
-        if self.destination.is_file:
-            return target.exists() and not (self.soup / target.name).exists()
+        beside = f"{self.destination.companion_stem}.{MANIFEST_NAME}"
+        path = target.with_name(beside) if self.destination.is_file else target / MANIFEST_NAME
         try:
-            manifest = json.loads((target / MANIFEST_NAME).read_text(encoding="utf-8"))
+            manifest = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return isinstance(manifest, dict) and manifest.get("id") == job_id
+        if not isinstance(manifest, dict) or manifest.get("id") != job_id:
+            return False  # another soup, perhaps the one that this job is to replace
+        # Of a single file the manifest is moved first and the weights last.
+        return not self.destination.is_file or not (self.soup / target.name).exists()
 
     def publish(self, *, overwrite: bool) -> None:
         """Put the finished soup into its place and remove the workspace."""
@@ -252,8 +251,7 @@ class Workspace:
         """
         if self.exists:
             self.hold()
-            ours = {self.soup.name, self.journal_path.name, "job.json", ".job.json.new"}
-            if others := sorted({path.name for path in self.folder.iterdir()} - ours):
+            if others := sorted({path.name for path in self.folder.iterdir()} - _NAMES):
                 raise ResumeError(f"{self.folder}: holds {others[0]}, which is not ours. Move the folder away.")
             # What says that there is work goes last: a run that dies in between leaves a folder without any.
             for path in (self.soup, self.journal_path, self.folder / "job.json"):

@@ -17,7 +17,7 @@ import pytest
 from factory import fine_tunes, read_checkpoint, realistic, weights_bytes, write_checkpoint, write_sparse
 
 import streamsoup
-from streamsoup.errors import DiskSpaceError
+from streamsoup.errors import DiskSpaceError, ResumeError
 
 DRIVER = Path(__file__).resolve().parent / "crash_driver.py"
 SHAPES = {f"layer.{i}.weight": (30_000 + i,) for i in range(12)} | {"norm": (7,)}
@@ -102,10 +102,13 @@ def assert_whole_or_absent(out: Path, *allowed: dict[str, bytes]) -> bool:
 def finish(runs: list[str], out: Path) -> None:
     """Do what a person would do: resume, or begin again where nothing had been begun or all was done."""
     partial = out.with_name(f"{out.name}.partial")
-    if partial.exists() and ((partial / "job.json").exists() or out.exists()):
+    if (partial / "job.json").exists():
         streamsoup.resume(out, streamsoup.Execution(workers=2))
-    elif partial.exists() or not out.exists():
-        streamsoup.soup(runs, out, restart=True, **OPTIONS)
+    elif partial.exists():  # it died while making or removing the folder: resume must not claim to have done anything
+        with pytest.raises(ResumeError, match="no unfinished work"):
+            streamsoup.resume(out, streamsoup.Execution(workers=2))
+    if not out.exists():
+        streamsoup.soup(runs, out, **OPTIONS)
     assert not partial.exists()
 
 
@@ -463,3 +466,28 @@ def test_a_companion_that_does_not_fit_is_a_sentence(tmp_path, monkeypatch):
         streamsoup.soup(runs, tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
     assert read_checkpoint(tmp_path / "run1")
+
+
+@pytest.mark.parametrize("name", ["soup", "soup.safetensors"])
+def test_an_old_soup_is_never_taken_for_the_new_one(kitchen, tmp_path, monkeypatch, name):
+    """A run that was to replace it died early: resuming makes the new soup, or says that there is no work."""
+    runs, _ = kitchen
+    out, partial = tmp_path / name, tmp_path / f"{name}.partial"
+    streamsoup.soup(runs[:2], out)
+    old = weights_bytes(out)
+    (partial / "soup").mkdir(parents=True)  # killed between making the folder and writing the job
+    with pytest.raises(ResumeError, match="no unfinished work"):
+        streamsoup.resume(out, streamsoup.Execution())
+    assert weights_bytes(out) == old
+    assert not partial.exists()
+    with monkeypatch.context() as patch:  # killed after writing the job, before the first file of the soup
+        patch.setattr("streamsoup.cook._Cook.run", lambda self: os._exit(9))
+        if not (child := os.fork()):
+            streamsoup.soup(runs, out, overwrite=True)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (partial / "job.json").exists()
+    streamsoup.resume(out, streamsoup.Execution())
+    fresh = tmp_path / f"fresh-{name}"
+    streamsoup.soup(runs, fresh)
+    assert list(weights_bytes(out).values()) == list(weights_bytes(fresh).values())
+    assert weights_bytes(out) != old
