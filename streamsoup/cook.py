@@ -34,6 +34,7 @@ from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import choose_mode, open_sources
+from streamsoup.recheck import recheck, written_again
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping
 from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
@@ -285,6 +286,9 @@ class _Cook:
             open_sources(plan.checkpoints, self.mode) as sources,
         ):
             records = journal.read()
+            for i, checkpoint in enumerate(plan.checkpoints):
+                if records and written_again(checkpoint, self.job["identities"][i]):
+                    recheck(plan, i, sources[i], self.backend, records)
             with FileSink(self.workspace.soup, plan.layout, existing=bool(records)) as sink:
                 engine = Engine(
                     plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress

@@ -22,7 +22,7 @@ FLOORS = """
     align layout plan manifest
     read write backends companions
     engine sinks
-    findings workspace execution side_files
+    findings workspace execution side_files recheck
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
     picture
