@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
+from streamsoup.checkpoints import verify_unchanged
 from streamsoup.files import write_durably
 from streamsoup.greedy_job import GreedyJob, GreedyResult
 from streamsoup.methods import Coefficients
@@ -58,6 +59,8 @@ def publish_soup(
         if not moved:
             _exact(running, members, bring).stream(sink)
         sink.sync()
+    for member in members:  # the sum may hold what a file no longer does
+        verify_unchanged(pool.open(member.path))
     notes = []
     if before is not None:
         before(workspace.soup)

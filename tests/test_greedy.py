@@ -823,3 +823,25 @@ def test_memory_is_given_back_to_whoever_calls_again(tmp_path):
     assert results[0].members == results[1].members
     assert [t.score for t in results[0].trials] == [t.score for t in results[1].trials]
     assert results[0].bytes_read == results[1].bytes_read
+
+
+@pytest.mark.parametrize("times_kept", [False, True])
+def test_an_ingredient_that_changes_during_the_run_is_noticed(tmp_path, times_kept):
+    runs, target = make_pool(tmp_path / "runs", 4)
+    real, file = scorer(target), Path(runs[0]) / "model.safetensors"
+
+    def score(candidate):
+        if len(candidate.members) == 3:  # run00 is in the sum by now
+            stat, raw = file.stat(), bytearray(file.read_bytes())
+            raw[-2000] ^= 1
+            file.write_bytes(raw)
+            if times_kept:
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        candidate.write(tmp_path / "candidate")  # reads all of it, as a command's score would have it
+        return real(candidate)
+
+    # With its time put back, only reading it again can tell: a second round does.
+    options = {"rounds": 2} if times_kept else {}
+    with pytest.raises(ChangedIngredientError, match="run00"):
+        streamsoup.greedy(runs, tmp_path / "soup", score=score, budget_bytes="200MiB", **options)
+    assert not (tmp_path / "soup").exists()

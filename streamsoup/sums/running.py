@@ -230,7 +230,10 @@ class RunningSoup:
         for operand, digest in zip(plan.checkpoints, content_digests(plan, outcome.digests), strict=True):
             if operand is not self._sum:
                 self.reads[operand.path] = self.reads.get(operand.path, 0) + 1
-                self.content_digests[operand.path] = digest
+                if self.content_digests.setdefault(operand.path, digest) != digest:
+                    raise ChangedIngredientError(
+                        f"{operand.path}: its data changed since it was first read. Put it back, or begin anew."
+                    )
         self.bytes_read += outcome.bytes_read
         self.bytes_written += outcome.bytes_written
 
