@@ -47,7 +47,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise RecipeError(f"workers: {self.workers}, but at least one thread is needed.")
+            raise RecipeError(f"workers: {self.workers} threads, but at least one is needed.")
 
 
 @dataclass(frozen=True, slots=True)

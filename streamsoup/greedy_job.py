@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamsoup.errors import ResumeError
+from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.files import write_durably
 from streamsoup.pool import PoolOptions
 from streamsoup.rules import Rule
@@ -58,6 +58,10 @@ class GreedyJob:
     candidates: str | None = None
     overwrite: bool = False
     pool: PoolOptions = field(default_factory=PoolOptions)
+
+    def __post_init__(self) -> None:
+        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
+            raise RecipeError(f"timeout_seconds: {self.timeout_seconds:g}, but an evaluation takes some time.")
 
     def command_score(self) -> CommandScore | None:
         """Return the evaluator, if it is a command."""
@@ -150,6 +154,9 @@ class GreedyResult:
         What was kept, in order of acceptance, with merged weights.
     score : float
         Of the soup, on the held-out set.
+    ingredients : int
+        How many there were to choose from.
+    rule : Rule
     own_scores : dict of path to float
     ties : list of lists of paths
         Ingredients whose own scores are equal.
@@ -169,6 +176,8 @@ class GreedyResult:
     path: Path | None
     members: tuple[Member, ...]
     score: float
+    ingredients: int
+    rule: Rule
     own_scores: dict[str, float]
     ties: list[list[str]]
     trials: tuple[TrialRecord, ...]
@@ -179,6 +188,13 @@ class GreedyResult:
     rebuilt: int
     peak_bytes: int
     seconds: float
+
+    @property
+    def is_best_single(self) -> bool:
+        """Whether the soup is the best single ingredient because no other helped it."""
+        rule = self.rule
+        tried = any(trial.change > 0 for trial in self.trials)
+        return len(self.members) == 1 and rule.order == "score" and not rule.prune and not rule.restarts and tried
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``decisions.json``."""

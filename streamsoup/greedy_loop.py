@@ -82,6 +82,8 @@ class GreedyLoop:
                 path=None,
                 members=best[1],
                 score=best[0],
+                ingredients=len(self.job.ingredients),
+                rule=self.job.rule,
                 own_scores={
                     p: s for p, s in zip(self.job.ingredients, search.own_scores, strict=True) if s is not None
                 },

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from streamsoup.errors import StreamsoupError
 from streamsoup.greedy_job import GreedyResult
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def require_picture(path: str | Path) -> None:
+    """Check that a picture can be drawn, before hours are spent on what it is to show.
+
+    Raises
+    ------
+    StreamsoupError
+        If matplotlib is not installed, the format is unknown or the folder missing.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise StreamsoupError(f"{path}: a picture ends in one of {', '.join(SUFFIXES)}.")
+    if not path.absolute().parent.is_dir():
+        raise StreamsoupError(f"{path}: there is no folder {path.absolute().parent}. Make it, or choose another.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise StreamsoupError("Pictures need matplotlib: pip install 'streamsoup[plot]'.")
 
 
 def draw_greedy(result: GreedyResult, path: str | Path, *, metric: str | None = None) -> None:
@@ -22,12 +42,11 @@ def draw_greedy(result: GreedyResult, path: str | Path, *, metric: str | None = 
     Raises
     ------
     StreamsoupError
-        If matplotlib is not installed.
+        If it cannot be drawn; see `require_picture`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise StreamsoupError("Pictures need matplotlib: pip install 'streamsoup[plot]'.") from None
+    require_picture(path)
+    from matplotlib.figure import Figure
+
     trials = [t for t in result.trials if t.run == 0]
     figure = Figure(figsize=(7.5, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -66,8 +85,8 @@ def draw_greedy(result: GreedyResult, path: str | Path, *, metric: str | None = 
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8)
-    size = result.trials[0].size if len(result.trials) == 1 else len(result.members)
     axes.set_title(
-        f"Greedy soup: {size} of {len(result.own_scores)} ingredients kept, score {result.score:.4g}", fontsize=10
+        f"Greedy soup: {len(result.members)} of {result.ingredients} ingredients kept, score {result.score:.4g}",
+        fontsize=10,
     )
     figure.savefig(path, dpi=150)

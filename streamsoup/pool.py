@@ -53,6 +53,8 @@ class PoolOptions:
     read_mode: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise RecipeError(f"workers: {self.workers} threads, but at least one is needed.")
         for name in ("budget_bytes", "shard_bytes"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(value))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.cli.guard import UsageError
 from streamsoup.cli.progress import make_progress
 from streamsoup.units import format_binary, format_bytes, format_seconds
 
@@ -102,8 +103,13 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
     quiet = args.quiet or args.json
     table = _Table(quiet=quiet)
+    if args.plot:
+        from streamsoup.picture import draw_greedy, require_picture
+
+        require_picture(args.plot)
     with make_progress(quiet=quiet, transient=True) as progress:
         if args.resume:
+            _refuse_more(args)
             folder = Path(args.resume)
             result = resume_greedy(folder, on_trial=table, on_score=table.alone, progress=progress)
             owned = False
@@ -114,14 +120,24 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             folder, owned = _workdir(args), args.workdir is None
             result = cook_greedy(job, workdir=folder, on_trial=table, on_score=table.alone, progress=progress)
-    if args.plot:
-        from streamsoup.picture import draw_greedy
-
-        draw_greedy(result, args.plot, metric=args.metric)
     if owned and result.path is not None:
         _remove_workdir(folder)
+    if args.plot:
+        draw_greedy(result, args.plot, metric=args.metric)
     _print_result(result, args)
     return 0
+
+
+# What may be given with --resume: it changes nothing that is decided.
+_WITH_RESUME = {"command", "resume", "plot", "json", "quiet", "debug", "run", "guarded", "on_death"}
+
+
+def _refuse_more(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored: a resumed run takes everything from its work folder."""
+    more = [name for name, value in vars(args).items() if name not in _WITH_RESUME and value not in (None, False, [])]
+    if more:
+        word = "CHECKPOINT" if more[0] == "ingredients" else f"--{more[0].replace('_', '-')}"
+        raise UsageError(f"{word} cannot be given with --resume, which takes everything from the work folder.")
 
 
 def after_death(args: argparse.Namespace) -> None:
@@ -153,7 +169,6 @@ def _remove_workdir(folder: Path) -> None:
 
 def _job(args: argparse.Namespace) -> GreedyJob:
     from streamsoup.checkpoints import expand_paths
-    from streamsoup.cli.guard import UsageError
     from streamsoup.greedy_options import make_job
 
     if not args.ingredients:
@@ -166,7 +181,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
     order, own_scores = _order(args.order, paths)
     options = {
         "order": order,
-        "own_scores": own_scores,
+        "own_scores": own_scores and {os.path.abspath(path): score for path, score in own_scores.items()},
         "metric": args.metric,
         "also": tuple(args.also or ()),
         "minimize": args.minimize,
@@ -191,7 +206,14 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         "workers": args.threads,
         "read_mode": args.read,
     }
-    return make_job(paths, args.output, score_command=args.score, before_command=args.before_score, options=options)
+    # Absolute, so that the run can be resumed from anywhere.
+    return make_job(
+        [os.path.abspath(path) for path in paths],
+        args.output and os.path.abspath(args.output),
+        score_command=args.score,
+        before_command=args.before_score,
+        options=options,
+    )
 
 
 def _order(text: str | None, paths: list[str]) -> tuple[str | None, dict[str, float] | None]:
@@ -273,10 +295,9 @@ def _print_result(result: GreedyResult, args: argparse.Namespace) -> None:
         return
     if args.quiet:
         return
-    total = len({t.path for t in result.trials})
     kept = ", ".join(f"{_name(m.path)}" + (f" x{m.weight:g}" if m.weight != 1 else "") for m in result.members)
-    print(f"\nkept {len(result.members)} of {total}: {kept}")
-    if len(result.members) == 1:
+    print(f"\nkept {len(result.members)} of {result.ingredients}: {kept}")
+    if result.is_best_single:
         print("No candidate was good enough: the soup is the best single ingredient. They may lie too far apart.")
     for group in result.ties:
         print(f"equal scores of their own, taken in the given order: {', '.join(map(_name, group))}")
