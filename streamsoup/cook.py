@@ -152,6 +152,7 @@ def plan_soup(
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
         workers=worker_count(execution.workers, mode),
         staged=mode == "plain" or execution.device != "cpu",
+        ahead=mode == "ahead",
     )
     if destination is not None:
         check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)

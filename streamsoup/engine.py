@@ -22,6 +22,7 @@ from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
+from streamsoup.tile_queue import TileQueue
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
@@ -187,12 +188,15 @@ class Engine:
             return self._run(tiles)
 
     def _run(self, tiles: Iterable[Tile]) -> Outcome:
-        source, began = iter(tiles), time.perf_counter()
+        began = time.perf_counter()
+        queue = TileQueue(
+            tiles, load=self._load if self._plan.ahead else None, nbytes=self._tile_bytes, readers=self._readers
+        )
         self._stop.clear()
         self._idle.clear()
         running = [len(self._slots)]
         workers = [
-            threading.Thread(target=self._work, args=(slot, source, running), name=f"streamsoup-{i}", daemon=True)
+            threading.Thread(target=self._work, args=(slot, queue, running), name=f"streamsoup-{i}", daemon=True)
             for i, slot in enumerate(self._slots)
         ]
         syncer = threading.Thread(target=self._keep_syncing, name="streamsoup-sync", daemon=True)
@@ -203,6 +207,7 @@ class Engine:
                 self._report("reduce")
         finally:
             self._stop.set()
+            queue.cancel()
             for thread in (*workers, syncer):
                 thread.join()
             self._report_quietly("sync")
@@ -214,15 +219,17 @@ class Engine:
             raise self._error
         return self.outcome
 
-    def _work(self, slot: Slot, tiles: Iterator[Tile], running: list[int]) -> None:
+    def _work(self, slot: Slot, tiles: TileQueue, running: list[int]) -> None:
         try:
             while not self._stop.is_set():
-                with self._lock:
-                    tile = next(tiles, None)
+                began = time.perf_counter()
+                tile = tiles.take()
                 if tile is None:
                     break
                 step = self._average if self._plan.is_averaged(tile.tensor) else self._copy
-                step(slot, tile)
+                step(slot, tile, began)
+                if self._plan.ahead:
+                    self._drop(tile)
         except BaseException as error:  # raised again in the thread that called run
             self._fail(error)
         finally:
@@ -231,12 +238,28 @@ class Engine:
                 if not running[0]:
                     self._idle.set()
 
-    def _average(self, slot: Slot, tile: Tile) -> None:
-        began = time.perf_counter()
+    def _load(self, tile: Tile) -> None:
+        for source, place in zip(self._sources, self._places(tile), strict=True):
+            source.load(*place)
+
+    def _drop(self, tile: Tile) -> None:
+        for source, place in zip(self._sources, self._places(tile), strict=True):
+            source.drop(*place)
+
+    def _places(self, tile: Tile) -> Iterator[tuple[int, int, int]]:
+        """Yield position, offset and bytes of a tile in each ingredient."""
+        for i in range(len(self._sources)):
+            itemsize = self._plan.in_dtype(i, tile.tensor).itemsize
+            yield self._plan.alignment.position(i, tile.tensor), tile.start * itemsize, tile.elements * itemsize
+
+    def _tile_bytes(self, tile: Tile) -> int:
+        return sum(nbytes for _, _, nbytes in self._places(tile))
+
+    def _average(self, slot: Slot, tile: Tile, began: float) -> None:
         plan = self._plan
         blend = make_blend(plan, tile.tensor)
         first_block = tile.start // BLOCK_ELEMENTS
-        token, read = None, 0.0
+        token, read = None, time.perf_counter() - began
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
             start = time.perf_counter()
@@ -257,8 +280,7 @@ class Engine:
         )
         self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
 
-    def _copy(self, slot: Slot, tile: Tile) -> None:
-        began = time.perf_counter()
+    def _copy(self, slot: Slot, tile: Tile, began: float) -> None:
         plan, count = self._plan, len(self._plan.checkpoints)
         itemsize = plan.out_dtype(tile.tensor).itemsize
         nbytes = tile.elements * itemsize

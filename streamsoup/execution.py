@@ -22,7 +22,7 @@ class Execution:
         ``cpu``, ``cuda`` or ``cuda:N``.
     workers : int or None
         Threads; None: the cores, or more where the disk is waited for.
-    read_mode : {"auto", "map", "plain"}
+    read_mode : {"auto", "map", "ahead", "plain"}
     overwrite : bool
         Replace a soup that stands at the destination.
     keep : bool

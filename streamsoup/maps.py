@@ -7,6 +7,7 @@ need 3,000 of them; the C library's does not. Nothing is ever written through a 
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -15,8 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_RESIDENT_STEP = 1 << 30
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = mmap.PAGESIZE
+_MADV_DONTNEED = 4
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
 
 
 @functools.cache
@@ -79,6 +84,43 @@ class FileMap:
         start = self.address + offset // _PAGE * _PAGE
         failed = libc().mincore(start, 1, ctypes.byref(page))
         return bool(failed) or bool(page.value & 1)
+
+    def resident_shares(self, size: int) -> npt.NDArray[np.float64]:
+        """Share of the pages of each `size` bytes that are in the page cache (all, where the system does not tell)."""
+        shares = np.ones(-(-self.size_bytes // size))
+        step = _RESIDENT_STEP // size
+        for first in range(0, len(shares), step):
+            begin = first * size
+            nbytes = min(step * size, self.size_bytes - begin)
+            pages = np.empty(-(-nbytes // _PAGE), np.uint8)
+            vector = pages.ctypes.data_as(ctypes.POINTER(ctypes.c_ubyte))
+            if libc().mincore(self.address + begin, nbytes, vector):
+                return np.ones(len(shares))
+            starts = np.arange(0, len(pages), size // _PAGE)
+            counts = np.diff(np.append(starts, len(pages)))
+            shares[first : first + step] = np.add.reduceat((pages & 1).astype(np.int64), starts) / counts
+        return shares
+
+    def prefer_huge_pages(self) -> None:
+        """Have cold pages read and mapped 2 MiB at a time. Advice: where it is not taken, nothing is lost."""
+        libc().madvise(self.address, self.size_bytes, _MADV_HUGEPAGE)
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Bring pages from a page boundary on into the page cache and into the map.
+
+        Raises
+        ------
+        OSError
+            Where reading through the map would be a SIGBUS.
+        """
+        if libc().madvise(self.address + offset, nbytes, _MADV_POPULATE_READ):
+            error = ctypes.get_errno()
+            if error != errno.EINVAL:  # an older kernel: the first touch reads
+                raise OSError(error, "the disk failed, or the file was cut short")
+
+    def unmap_pages(self, offset: int, nbytes: int) -> None:
+        """Take pages from a page boundary on out of the map, so that the page cache may drop them."""
+        libc().madvise(self.address + offset, nbytes, _MADV_DONTNEED)
 
     def close(self) -> None:
         """Unmap; addresses into the map are invalid afterwards."""

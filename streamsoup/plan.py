@@ -51,6 +51,8 @@ class Plan:
     tiling : Tiling
     staged : bool
         Whether ingredients are read into buffers (and not through maps).
+    ahead : bool
+        Whether what is mapped is read ahead.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -62,6 +64,7 @@ class Plan:
     budget_bytes: int
     tiling: Tiling
     staged: bool
+    ahead: bool = False
 
     @property
     def table(self) -> TensorTable:
@@ -181,6 +184,7 @@ def make_plan(
     budget_bytes: int,
     workers: int,
     staged: bool,
+    ahead: bool = False,
 ) -> Plan:
     """Plan a soup.
 
@@ -205,6 +209,8 @@ def make_plan(
         Most threads.
     staged : bool
         Whether ingredients are read into buffers.
+    ahead : bool
+        Whether what is mapped is read ahead.
 
     Raises
     ------
@@ -231,8 +237,9 @@ def make_plan(
         out_itemsize=int(_ITEMSIZE[out_dtypes].max(initial=1)),
         sum_itemsize=16 if wide else 8,
         staged=staged,
+        ahead=ahead,
         largest_elements=int(table.elements.max(initial=0)),
         groupable=not wide,
     )
     tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
-    return Plan(tuple(checkpoints), method, alignment, out_dtypes, layout, needs, budget_bytes, tiling, staged)
+    return Plan(tuple(checkpoints), method, alignment, out_dtypes, layout, needs, budget_bytes, tiling, staged, ahead)

@@ -172,6 +172,7 @@ class Pool:
             budget_bytes=self.budget_bytes,
             workers=worker_count(options.workers, self.mode),
             staged=self.mode == "plain" or options.device != "cpu",
+            ahead=self.mode == "ahead",
         )
 
     def prepare(self) -> None:

@@ -1,7 +1,7 @@
-"""Bytes in: through maps where the file system is local and the cache warm, by plain reads elsewhere.
+"""Bytes in: through maps where the file system is local, by plain reads elsewhere.
 
-Warm, a map is twice as fast as `pread` (no copy). Cold, a map waits for one fault after the other, while plain reads
-from several threads keep the disk's queue full, and RWF_DONTCACHE leaves the page cache as it was.
+Warm, a map is twice as fast as `pread` (no copy). Cold, its pages are read ahead and dropped behind in windows (see
+`streamsoup.windows`). On network file systems a map is slow and a lost file a SIGBUS: plain reads go into buffers.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from streamsoup.checkpoints import Checkpoint, Shard
 from streamsoup.errors import IngredientReadError, RecipeError
 from streamsoup.maps import FileMap
+from streamsoup.open_files import OpenFiles
+from streamsoup.windows import Windows, window_bytes
 
-MODES = ("auto", "map", "plain")
+MODES = ("auto", "map", "ahead", "plain")
 RWF_DONTCACHE = 0x80  # Linux 6.14; Python has no name for it yet
-_OPEN_FILES = 256
 _PROBES = 512
+_WARM_SHARE = 0.98
 _NETWORK = (
     "nfs",
     "cifs",
@@ -59,15 +60,41 @@ class Source(Protocol):
         """
         ...
 
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """Read a part of a tensor that will soon be fetched, if that helps.
+
+        Raises
+        ------
+        IngredientReadError
+        """
+        ...
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """Take note that a part of a tensor will not be fetched again."""
+        ...
+
     def close(self) -> None:
         """Give everything back; addresses are invalid afterwards."""
         ...
 
 
-def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
-    """Decide between ``map`` and ``plain``.
+class Direct:
+    """What most sources have in common: they read when they are asked and have nothing to drop. See `Source`."""
 
-    ``auto`` maps what lies on a local file system and is, by a sample of pages, at least half in the page cache.
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+
+    def close(self) -> None:
+        """See `Source`."""
+
+
+def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
+    """Decide between ``map``, ``ahead`` (maps, read ahead and dropped behind) and ``plain``.
+
+    ``auto`` maps what lies on a local file system, and reads ahead unless a sample of pages is in the page cache.
 
     Raises
     ------
@@ -81,7 +108,7 @@ def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
     shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
     if any(_is_network(shard.path) for shard in {os.path.dirname(s.path): s for s in shards}.values()):
         return "plain"
-    return "map" if resident_share(shards) >= 0.5 else "plain"
+    return "map" if resident_share(shards) >= _WARM_SHARE else "ahead"
 
 
 def resident_share(shards: Sequence[Shard]) -> float:
@@ -112,7 +139,7 @@ def _is_network(path: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-class MappedSource:
+class MappedSource(Direct):
     """Maps each shard when it is first needed. See `Source`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -123,16 +150,21 @@ class MappedSource:
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
-        shard = int(self._table.shards[position])
-        mapped = self._maps[shard] or self._map(shard)
-        address = mapped.address + int(self._table.begins[position]) + offset
+        shard, begin = self._place(position, offset)
+        address = self._map(shard).address + begin
         if staging is None:
             return address
         target = ctypes.addressof(ctypes.c_char.from_buffer(staging))
         ctypes.memmove(target, address, nbytes)
         return target
 
+    def _place(self, position: int, offset: int) -> tuple[int, int]:
+        return int(self._table.shards[position]), int(self._table.begins[position]) + offset
+
     def _map(self, shard: int) -> FileMap:
+        mapped = self._maps[shard]
+        if mapped is not None:
+            return mapped
         with self._lock:
             mapped = self._maps[shard]
             if mapped is None:
@@ -151,7 +183,46 @@ class MappedSource:
                 mapped.close()
 
 
-class PlainSource:
+class AheadSource(MappedSource):
+    """Maps shards, reads their windows ahead and drops them behind. See `Source`."""
+
+    def __init__(self, checkpoint: Checkpoint, files: OpenFiles, window: int) -> None:
+        super().__init__(checkpoint)
+        self._files = files
+        self._window = window
+        self._windows: dict[int, Windows] = {}
+        self._windows_lock = threading.Lock()
+
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        shard, begin = self._place(position, offset)
+        try:
+            self._windows_of(shard).load(begin, nbytes)
+        except OSError as error:
+            raise _read_error(self._checkpoint.shards[shard], error) from error
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        shard, begin = self._place(position, offset)
+        self._windows_of(shard).drop(begin, nbytes)
+
+    def _windows_of(self, shard: int) -> Windows:
+        mapped = self._map(shard)
+        with self._windows_lock:
+            windows = self._windows.get(shard)
+            if windows is None:
+                path = self._checkpoint.shards[shard].path
+                windows = self._windows[shard] = Windows(mapped, path, self._files, self._window)
+            return windows
+
+    def close(self) -> None:
+        """See `Source`."""
+        for windows in self._windows.values():
+            windows.close()
+        super().close()
+
+
+class PlainSource(Direct):
     """Reads with `preadv` into the caller's buffers and leaves nothing in the page cache that was not there.
 
     See `Source`; `staging` is required.
@@ -192,54 +263,21 @@ class PlainSource:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(fd, offset, len(target), os.POSIX_FADV_DONTNEED)
 
-    def close(self) -> None:
-        """See `Source`."""
 
-
-class OpenFiles:
-    """Descriptors that several threads borrow; the ones unused for longest are closed beyond a few hundred."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[str, list[int]] = OrderedDict()  # path: [descriptor, users]
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def borrow(self, path: str) -> Iterator[int]:
-        """Lend the descriptor of a file, opened for reading."""
-        with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = [os.open(path, os.O_RDONLY), 0]
-            self._files.move_to_end(path)
-            file[1] += 1
-            self._close_idle()
-        try:
-            yield file[0]
-        finally:
-            with self._lock:
-                file[1] -= 1
-
-    def _close_idle(self) -> None:
-        excess = len(self._files) - _OPEN_FILES
-        for path in [path for path, (_, users) in self._files.items() if not users][: max(0, excess)]:
-            os.close(self._files.pop(path)[0])
-
-    def close(self) -> None:
-        """Close all."""
-        while self._files:
-            os.close(self._files.popitem()[1][0])
-
-
-def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles) -> Source:
-    """Open the source of one ingredient."""
-    return MappedSource(checkpoint) if mode == "map" else PlainSource(checkpoint, files)
+def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles, *, beside: int = 1) -> Source:
+    """Open the source of one ingredient, in a mode from `choose_mode`; `beside`: how many are read at once."""
+    if mode == "map":
+        return MappedSource(checkpoint)
+    if mode == "ahead":
+        return AheadSource(checkpoint, files, window_bytes(beside))
+    return PlainSource(checkpoint, files)
 
 
 @contextlib.contextmanager
 def open_sources(checkpoints: Sequence[Checkpoint], mode: str) -> Iterator[list[Source]]:
     """Open one source for each ingredient, in a mode from `choose_mode`, and close them at the end."""
     files = OpenFiles()
-    sources = [open_source(checkpoint, mode, files) for checkpoint in checkpoints]
+    sources = [open_source(checkpoint, mode, files, beside=len(checkpoints)) for checkpoint in checkpoints]
     try:
         yield sources
     finally:

@@ -15,6 +15,8 @@ FIXED_BYTES = 6 * MIB
 STACK_BYTES = 8 * MIB
 # Threads that read: a disk needs several requests in flight, and more than these only disturb its read-ahead.
 READERS = 4
+# Threads that read windows of maps ahead; the kernel keeps the disk busy for each.
+AHEAD_READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class TileNeeds:
         Whether ingredients are read into buffers of ours (and not through a map).
     largest_elements : int
         Elements of the largest tensor.
+    ahead : bool
+        Whether maps are read ahead.
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
@@ -41,6 +45,7 @@ class TileNeeds:
     sum_itemsize: int
     staged: bool
     largest_elements: int
+    ahead: bool = False
     groupable: bool = True
 
 
@@ -58,7 +63,7 @@ class Tiling:
         How many ingredients go through a slot at a time; fewer than all means that partial sums are kept.
     slot_bytes : int
     readers : int
-        Threads that bring bytes into slots, beside the workers; 0 where maps need none.
+        Threads that bring bytes into slots or into the page cache, beside the workers; 0 where none are needed.
     """
 
     workers: int
@@ -126,5 +131,5 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
     # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
-    readers = min(READERS, 2 * workers) if needs.staged and workers > 1 else 0
+    readers = 0 if workers == 1 else READERS if needs.staged else AHEAD_READERS if needs.ahead else 0
     return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group), readers)

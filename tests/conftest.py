@@ -26,9 +26,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["map", "plain"])
+@pytest.fixture(params=["map", "ahead", "plain"])
 def read_mode(request: pytest.FixtureRequest) -> str:
-    """Both ways of reading."""
+    """All ways of reading."""
     return str(request.param)
 
 

@@ -61,6 +61,7 @@ def plan_for(
     group: int | None = None,
     workers: int = 2,
     staged: bool = False,
+    ahead: bool = False,
 ) -> Plan:
     """Make a plan, and put a tiling of our own into it."""
     weights = [1.0] * len(paths) if weights is None else weights
@@ -72,6 +73,7 @@ def plan_for(
         budget_bytes=10**9,
         workers=workers,
         staged=staged,
+        ahead=ahead,
     )
     # Double-double sums never go in groups: see `TileNeeds`.
     group = min(group, len(paths)) if group and plan.needs.groupable else len(paths)
@@ -101,7 +103,7 @@ def simmer(
 ) -> tuple[dict[str, np.ndarray], Outcome]:
     """Soup checkpoints into memory; return the tensors and what was found."""
     staged = read_mode == "plain" or device != "cpu"
-    plan = plan_for(paths, weights, staged=staged, **sizes)  # type: ignore[arg-type]
+    plan = plan_for(paths, weights, staged=staged, ahead=read_mode == "ahead", **sizes)  # type: ignore[arg-type]
     backend = open_backend(device)
     dtypes = {FORMAT_DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
     dtypes |= {FORMAT_DTYPES[i] for i in set(plan.out_dtypes.tolist())}

@@ -17,11 +17,11 @@ PACKAGE = Path(streamsoup.__file__).resolve().parent
 ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
-    _version errors units dtypes kernels maps
+    _version errors units dtypes kernels maps open_files
     files recipe checkpoints methods tiling budget journal score rules
     align layout plan manifest
-    read write backends companions
-    engine sinks
+    windows read write backends companions
+    tile_queue engine sinks
     findings workspace execution side_files recheck
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook

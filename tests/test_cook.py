@@ -457,7 +457,7 @@ REFUSALS = {
     "dtype unknown": ({"dtype": "int8"}, RecipeError, "float dtype"),
     "buffers unknown": ({"buffers": "last"}, RecipeError, "identical, first"),
     "nonfinite unknown": ({"nonfinite": "maybe"}, RecipeError, "error, warn, allow"),
-    "read mode unknown": ({"read_mode": "fast"}, RecipeError, "auto, map, plain"),
+    "read mode unknown": ({"read_mode": "fast"}, RecipeError, "auto, map, ahead, plain"),
     "device unknown": ({"device": "tpu"}, RecipeError, "neither cpu nor cuda"),
     "device absent": ({"device": "cuda:77"}, RecipeError, "cuda:77"),
     "torch device unknown": ({"device": "torch:nonsense"}, RecipeError, "nonsense"),

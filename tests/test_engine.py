@@ -18,7 +18,7 @@ from simmer import MemorySink, plan_for, simmer
 from streamsoup.backends import open_backend
 from streamsoup.engine import Engine, Progress
 from streamsoup.errors import DiskSpaceError, IngredientReadError
-from streamsoup.read import MappedSource
+from streamsoup.read import Direct, MappedSource
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 NARROW = tuple(name for name in FLOATS if name != "F64")
@@ -110,9 +110,9 @@ def jobs(draw: st.DrawFn) -> dict[str, object]:
         "dtype": draw(st.sampled_from([None, *FLOATS])),
         "shards": draw(st.one_of(st.none(), st.integers(1, len(shapes)))),
         "pad": draw(st.sampled_from([1, 1, 2, 8, 64])),
-        "tiles": draw(st.lists(st.integers(1, 5), min_size=4, max_size=4)),
-        "groups": draw(st.lists(st.integers(1, n), min_size=4, max_size=4)),
-        "workers": draw(st.lists(st.integers(1, 4), min_size=4, max_size=4)),
+        "tiles": draw(st.lists(st.integers(1, 5), min_size=5, max_size=5)),
+        "groups": draw(st.lists(st.integers(1, n), min_size=5, max_size=5)),
+        "workers": draw(st.lists(st.integers(1, 4), min_size=5, max_size=5)),
     }
 
 
@@ -141,20 +141,20 @@ def make_job(job: dict, folder: Path) -> tuple[list[dict[str, np.ndarray]], list
     job={
         "n": 72, "seed": 1, "shapes": {"a": (3000,), "b": ()}, "family": NATIVE, "patterns": True, "normalize": True,
         "weights": [0.1 * (i + 1) for i in range(72)], "dtype": "F32", "shards": 2, "pad": 1,
-        "tiles": [1, 2, 3, 5], "groups": [1, 7, 71, 72], "workers": [1, 2, 3, 4],
+        "tiles": [1, 2, 4, 3, 5], "groups": [1, 7, 30, 71, 72], "workers": [1, 2, 3, 3, 4],
     }
 )  # fmt: skip
 @example(
     job={
         "n": 10, "seed": 2, "shapes": {"a": (5000,)}, "family": ("BF16",), "patterns": True, "normalize": True,
         "weights": [1.0] * 10, "dtype": None, "shards": None, "pad": 1,
-        "tiles": [1, 2, 3, 5], "groups": [1, 3, 9, 10], "workers": [1, 2, 3, 4],
+        "tiles": [1, 2, 4, 3, 5], "groups": [1, 3, 5, 9, 10], "workers": [1, 2, 3, 3, 4],
     }
 )  # fmt: skip
 def test_every_soup_is_within_its_bound_and_no_bit_depends_on_how_it_is_made(job):
     with tempfile.TemporaryDirectory() as folder:
         checkpoints, paths = make_job(job, Path(folder))
-        ways = [("cpu", "map"), ("cpu", "plain"), ("torch:cpu", "plain"), ("torch:cpu", "map")]
+        ways = [("cpu", "map"), ("cpu", "ahead"), ("cpu", "plain"), ("torch:cpu", "plain"), ("torch:cpu", "map")]
         found = []
         for way, tile, group, workers in zip(ways, job["tiles"], job["groups"], job["workers"], strict=True):
             found.append(
@@ -451,14 +451,11 @@ def _sync_once(engine):
         engine._fail(error)
 
 
-class _Failing:
+class _Failing(Direct):
     """A source that has vanished."""
 
     def fetch(self, position, offset, nbytes, staging):
         raise IngredientReadError("gone")
-
-    def close(self):
-        pass
 
 
 def _engine(plan, sources=None, **options):

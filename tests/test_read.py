@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from factory import SHAPES, any_bits, fine_tunes, write_checkpoint
 
-from streamsoup import read
+from streamsoup import open_files, read
 from streamsoup.checkpoints import open_checkpoints
 from streamsoup.errors import IngredientReadError, RecipeError
 from streamsoup.maps import FileMap, bytes_at
@@ -38,7 +38,7 @@ def test_every_part_of_every_tensor_is_found(tmp_path, read_mode, staged):
 
 
 def test_threads_may_read_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "_OPEN_FILES", 2)
+    monkeypatch.setattr(open_files, "_MOST", 2)
     rng = np.random.default_rng(0)
     tensors = [{f"w{i}": any_bits(rng, "F32", (50,)) for i in range(8)} for _ in range(3)]
     paths = [str(write_checkpoint(tmp_path / f"r{i}", t, shards=8)) for i, t in enumerate(tensors)]
@@ -137,16 +137,16 @@ def test_network_file_systems_are_read_plainly(tmp_path, monkeypatch, kind):
     assert choose_mode(checkpoints) == "plain"
 
 
-def test_what_is_cached_and_local_is_mapped_and_what_is_cold_is_read(tmp_path, monkeypatch):
+def test_what_is_local_is_mapped_and_read_ahead_if_it_is_cold(tmp_path, monkeypatch):
     checkpoints = open_checkpoints(fine_tunes(tmp_path, 1))
     monkeypatch.setattr(read, "_is_network", lambda _: False)
     monkeypatch.setattr(FileMap, "resident", lambda *_: True)
     assert choose_mode(checkpoints) == "map"
     monkeypatch.setattr(FileMap, "resident", lambda *_: False)
-    assert choose_mode(checkpoints) == "plain"
+    assert choose_mode(checkpoints) == "ahead"
     assert choose_mode(checkpoints, "map") == "map"
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="auto, map, plain"):
+    with pytest.raises(RecipeError, match="auto, map, ahead, plain"):
         choose_mode([], "quick")

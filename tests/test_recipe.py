@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,9 @@ recipes = st.builds(
     ingredients=st.lists(
         st.builds(
             Ingredient,
-            path=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map(lambda p: f"/{p}"),
+            path=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map(
+                lambda p: str(Path(f"/{p}"))
+            ),
             weight=st.floats(allow_nan=False, allow_infinity=False),
         ),
         min_size=1,

@@ -17,6 +17,7 @@ needs = st.builds(
     sum_itemsize=st.sampled_from([8, 16]),
     staged=st.booleans(),
     largest_elements=st.integers(0, 2**40),
+    ahead=st.booleans(),
     groupable=st.booleans(),
 )
 

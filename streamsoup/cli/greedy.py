@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--budget", metavar="SIZE", help="memory to own, the running sum included where it fits")
     how.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
     how.add_argument("--threads", type=int, metavar="N", help="worker threads")
-    how.add_argument("--read", choices=("auto", "map", "plain"), help="as in `streamsoup soup`")
+    how.add_argument("--read", choices=("auto", "map", "ahead", "plain"), help="as in `streamsoup soup`")
     how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
     show = parser.add_argument_group("what to show")
     show.add_argument("--plot", metavar="FILE", help="draw the run as PNG or SVG")

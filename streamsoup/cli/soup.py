@@ -82,7 +82,7 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
     how.add_argument(
         "--read",
-        choices=("auto", "map", "plain"),
+        choices=("auto", "map", "ahead", "plain"),
         default="auto",
         help="map files, or read them plainly (default: map what is local and cached)",
     )
@@ -243,7 +243,7 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
         print(f"  {label:<12} {text}")
 
 
-_READ_WORDS = {"map": "mapped files", "plain": "plain reads"}
+_READ_WORDS = {"map": "mapped files", "ahead": "mapped files, read ahead", "plain": "plain reads"}
 
 
 def _print_result(result: SoupResult, args: argparse.Namespace) -> None:

@@ -57,6 +57,14 @@ class MeasuringSource:
                 self.extent.negative_zero[position] |= negative
         return address
 
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source.load(position, offset, nbytes)
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source.drop(position, offset, nbytes)
+
     def close(self) -> None:
         """See `Source`."""
         self._source.close()

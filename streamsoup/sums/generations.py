@@ -33,7 +33,8 @@ from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DType
 from streamsoup.errors import IngredientReadError
 from streamsoup.files import write_durably
-from streamsoup.read import OpenFiles, Source
+from streamsoup.open_files import OpenFiles
+from streamsoup.read import Direct, Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
@@ -271,7 +272,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.keys() >= {"members", "digests"} else None
 
 
-class _GenerationSource:
+class _GenerationSource(Direct):
     """Reads chunks through the page cache, where they mostly are: they were just written. See `Source`."""
 
     def __init__(self, folder: Path, table: TensorTable, chunk_bytes: int) -> None:

@@ -16,9 +16,10 @@ from streamsoup.engine import Outcome
 from streamsoup.errors import BudgetError, ChangedIngredientError, RecipeError, ResumeError
 from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
+from streamsoup.open_files import OpenFiles
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
-from streamsoup.read import OpenFiles, Source, open_source
+from streamsoup.read import Source, open_source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint

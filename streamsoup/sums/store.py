@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint, Shard, TensorTable
 from streamsoup.errors import StreamsoupError
-from streamsoup.read import Source
+from streamsoup.read import Direct, Source
 from streamsoup.write import Sink
 
 
@@ -54,7 +54,7 @@ class SumStore(Protocol):
         ...
 
 
-class MemoryStore:
+class MemoryStore(Direct):
     """One array a tensor, overwritten tile by tile: a tile of the next sum depends on that tile of the old alone.
 
     If a run fails half-way, the sum is neither old nor new, and reading it is an error until it is made anew.
@@ -103,9 +103,6 @@ class MemoryStore:
     def sync(self) -> None:
         """See `Sink`."""
 
-    def close(self) -> None:
-        """See `Source`."""
-
 
 @dataclass(frozen=True)
 class WithBuffers:
@@ -117,8 +114,18 @@ class WithBuffers:
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
-        source = self.sums if self.averaged[position] else self.checkpoint
-        return source.fetch(position, offset, nbytes, staging)
+        return self._source(position).fetch(position, offset, nbytes, staging)
+
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source(position).load(position, offset, nbytes)
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source(position).drop(position, offset, nbytes)
+
+    def _source(self, position: int) -> Source:
+        return self.sums if self.averaged[position] else self.checkpoint
 
     def close(self) -> None:
         """See `Source`."""
