@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 _RESIDENT_STEP = 1 << 30
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_PAGE = mmap.PAGESIZE
+PAGE_BYTES = mmap.PAGESIZE
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
@@ -67,9 +67,11 @@ class FileMap:
         self.address = 0
         fd = os.open(path, os.O_RDONLY)
         try:
-            found = os.fstat(fd).st_size
-            if found != size_bytes:
-                raise OSError(0, f"{found:,} bytes, expected {size_bytes:,}", path)
+            stat = os.fstat(fd)
+            if stat.st_size != size_bytes:
+                raise OSError(0, f"{stat.st_size:,} bytes, expected {size_bytes:,}", path)
+            # Of files that one may only read, the system says that all is cached.
+            self._tells = os.geteuid() in (0, stat.st_uid) or os.access(path, os.W_OK)
             address = libc().mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
             if address == _MAP_FAILED:
                 error = ctypes.get_errno()
@@ -79,24 +81,26 @@ class FileMap:
             os.close(fd)
 
     def resident(self, offset: int) -> bool:
-        """Whether the page of a byte is in the page cache (true where the system does not tell)."""
+        """Whether the page of a byte is in the page cache; false where the system does not tell."""
         page = ctypes.c_ubyte()
-        start = self.address + offset // _PAGE * _PAGE
+        start = self.address + offset // PAGE_BYTES * PAGE_BYTES
         failed = libc().mincore(start, 1, ctypes.byref(page))
-        return bool(failed) or bool(page.value & 1)
+        return self._tells and not failed and bool(page.value & 1)
 
     def resident_shares(self, size: int) -> npt.NDArray[np.float64]:
-        """Share of the pages of each `size` bytes that are in the page cache (all, where the system does not tell)."""
-        shares = np.ones(-(-self.size_bytes // size))
+        """Share of the pages of each `size` bytes that are in the page cache; none where the system does not tell."""
+        shares = np.zeros(-(-self.size_bytes // size))
+        if not self._tells:
+            return shares
         step = _RESIDENT_STEP // size
         for first in range(0, len(shares), step):
             begin = first * size
             nbytes = min(step * size, self.size_bytes - begin)
-            pages = np.empty(-(-nbytes // _PAGE), np.uint8)
+            pages = np.empty(-(-nbytes // PAGE_BYTES), np.uint8)
             vector = pages.ctypes.data_as(ctypes.POINTER(ctypes.c_ubyte))
             if libc().mincore(self.address + begin, nbytes, vector):
-                return np.ones(len(shares))
-            starts = np.arange(0, len(pages), size // _PAGE)
+                return np.zeros(len(shares))
+            starts = np.arange(0, len(pages), size // PAGE_BYTES)
             counts = np.diff(np.append(starts, len(pages)))
             shares[first : first + step] = np.add.reduceat((pages & 1).astype(np.int64), starts) / counts
         return shares

@@ -35,9 +35,6 @@ class MemorySink:
             array = self.arrays.setdefault(tensor, np.empty(nbytes, np.uint8))
         array[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
 
-    def start_sync(self) -> None:
-        """See `Sink`."""
-
     def sync(self) -> None:
         """See `Sink`."""
 
@@ -100,9 +97,6 @@ class ModuleSink:
         tile = torch.frombuffer(buffer, dtype=getattr(torch, dtype.torch_name))
         with torch.no_grad():
             target[start : start + len(tile)].copy_(tile)
-
-    def start_sync(self) -> None:
-        """See `Sink`."""
 
     def sync(self) -> None:
         """See `Sink`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,6 @@ from streamsoup.files import pwrite_all, writing_to
 from streamsoup.layout import Layout
 from streamsoup.maps import libc
 
-_SYNC_FILE_RANGE_WRITE = 2
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -24,10 +22,6 @@ class Sink(Protocol):
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """Take the bytes of a tile: `offset` counts from the tensor's first byte. Called from several threads."""
-        ...
-
-    def start_sync(self) -> None:
-        """Begin to make durable what was written; do not wait."""
         ...
 
     def sync(self) -> None:
@@ -77,11 +71,6 @@ class FileSink:
         shard = int(self._shard_of[tensor])
         with writing_to(self._layout.shards[shard].name):
             pwrite_all(self._fds[shard], buffer, int(self._begins[tensor]) + offset)
-
-    def start_sync(self) -> None:
-        """See `Sink`."""
-        for fd in self._fds if self._durable else ():
-            libc().sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
     def sync(self) -> None:
         """See `Sink`."""

@@ -57,7 +57,7 @@ def arm(point, number, before):
 
 def run(job):
     # Many journal entries in a soup of a few hundred kilobytes.
-    engine._COMMIT_SECONDS, engine._START_SYNC_SECONDS = 0.0, 0.001
+    engine._COMMIT_SECONDS = 0.001
     if job.get("no_exchange"):
         write._renameat2 = lambda *_: False
     if job.get("point"):

@@ -36,9 +36,6 @@ class MemorySink:
         self.raw[tensor][offset : offset + len(buffer)] = buffer
         self.times[tensor][offset : offset + len(buffer)] += 1
 
-    def start_sync(self) -> None:
-        pass
-
     def sync(self) -> None:
         pass
 

@@ -229,9 +229,6 @@ class Nowhere:
     def write(self, tensor, offset, buffer):
         pass
 
-    def start_sync(self):
-        pass
-
     def sync(self):
         pass
 

@@ -407,7 +407,6 @@ def test_only_the_tiles_that_are_asked_for_are_done(tmp_path):
 
 def test_tiles_are_durable_before_they_are_committed(tmp_path, monkeypatch):
     monkeypatch.setattr("streamsoup.engine._COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr("streamsoup.engine._START_SYNC_SECONDS", 0.0)
     plan = plan_for(write_all(tmp_path, [realistic(i, {"w": (300_000,)}) for i in range(2)]), tile_blocks=1)
     written, durable, committed = [], set(), []
     engine = _engine(plan, commit=lambda records: committed.extend((r.start, r.start in durable) for r in records))

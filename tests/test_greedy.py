@@ -119,7 +119,8 @@ def test_each_ingredient_is_read_at_most_twice_beyond_its_own_scoring(tmp_path):
         def write(self, tensor, offset, buffer):
             pass
 
-        start_sync = sync = lambda self: None
+        def sync(self):
+            pass
 
     result = streamsoup.greedy(runs, tmp_path / "soup", score=score, budget_bytes="200MiB")
     assert len(result.members) == 8
@@ -410,9 +411,6 @@ class Nowhere:
     """Takes a candidate and forgets it."""
 
     def write(self, tensor, offset, buffer):
-        pass
-
-    def start_sync(self):
         pass
 
     def sync(self):

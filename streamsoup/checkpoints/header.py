@@ -6,6 +6,7 @@ hide a tensor from one reader and show it to another.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,6 +76,8 @@ def read_header(
                 raise CheckpointError(
                     f"{path}: cannot be read: it is no regular file. Name a .safetensors file.", path=path
                 )
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no pages beyond the header: see identity.py
             raw = _read_raw(fd, path, stat.st_size)
         finally:
             os.close(fd)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.errors import ChangedIngredientError, IngredientReadError
+from streamsoup.maps import PAGE_BYTES, FileMap
 
 SAMPLE_BYTES = 256
 _AT_ONCE = 4096
@@ -57,8 +57,9 @@ def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardI
         try:
             stat = os.fstat(fd)
             _expect_unchanged(shard, stat)
-            for sample in _read_samples(fd, begins, ends):
-                digest.update(sample)
+            with contextlib.closing(FileMap(shard.path, stat.st_size)) as mapped:
+                for sample in _read_samples(fd, begins, ends, mapped.resident):
+                    digest.update(sample)
         finally:
             os.close(fd)
     except OSError as error:
@@ -68,38 +69,28 @@ def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardI
     )
 
 
-def _read_samples(fd: int, begins: Sequence[int], ends: Sequence[int]) -> Iterator[bytes | bytearray]:
+def _read_samples(
+    fd: int, begins: Sequence[int], ends: Sequence[int], is_cached: Callable[[int], bool]
+) -> Iterator[bytes]:
     """Yield the sample of every tensor, and leave cold files cold.
 
-    A first round takes what is cached and lets the disk begin with the rest, so that it sees many requests at once.
-    What the second round brought into the page cache is dropped: a page here and there would halve the rate at which
-    the whole file is read later.
+    All requests are made first, so that the disk sees many at once. What they bring into the page cache is dropped: a
+    page here and there would halve the rate at which the whole file is read later.
     """
     places = [(begin, min(SAMPLE_BYTES, end - begin)) for begin, end in zip(begins, ends, strict=True)]
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for
     for first in range(0, len(places), _AT_ONCE):
         batch = places[first : first + _AT_ONCE]
-        found = [_read_cached(fd, begin, nbytes) for begin, nbytes in batch]
-        brought: set[int] = set()
-        for (begin, nbytes), cached in zip(batch, found, strict=True):
-            if cached is None:
-                brought.update(range(begin // mmap.PAGESIZE, (begin + nbytes - 1) // mmap.PAGESIZE + 1))
-            yield cached or os.pread(fd, nbytes, begin)
-        for page in brought:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(fd, page * mmap.PAGESIZE, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
-
-
-def _read_cached(fd: int, begin: int, nbytes: int) -> bytearray | None:
-    """Read what is in the page cache; else have the disk begin to read it."""
-    buffer = bytearray(nbytes)
-    try:
-        if os.preadv(fd, [buffer], begin, os.RWF_NOWAIT) == nbytes:
-            return buffer
-    except (OSError, AttributeError):  # EAGAIN; a system that cannot tell
-        pass
-    return None
+        touched = {p for begin, nbytes in batch for p in (begin // PAGE_BYTES, (begin + nbytes - 1) // PAGE_BYTES)}
+        cold = [page * PAGE_BYTES for page in sorted(touched) if not is_cached(page * PAGE_BYTES)]
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for
+            for begin in cold:
+                os.posix_fadvise(fd, begin, PAGE_BYTES, os.POSIX_FADV_WILLNEED)
+        for begin, nbytes in batch:
+            yield os.pread(fd, nbytes, begin)
+        with contextlib.suppress(OSError):
+            for begin in cold:
+                os.posix_fadvise(fd, begin, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _expect_unchanged(shard: Shard, stat: os.stat_result) -> None:

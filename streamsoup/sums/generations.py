@@ -239,9 +239,6 @@ class GenerationStore:
             chunks = self._digests.setdefault(name, {})
             chunks[str(chunk)] = (chunks.get(str(chunk), 0) + digest) % 2**64
 
-    def start_sync(self) -> None:
-        """See `Sink`."""
-
     def sync(self) -> None:
         """See `Sink`. A generation need not be durable: its digests tell if it is whole, and it can be made anew."""
 

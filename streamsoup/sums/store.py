@@ -97,9 +97,6 @@ class MemoryStore(Direct):
             return
         self._arrays[tensor][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
 
-    def start_sync(self) -> None:
-        """See `Sink`."""
-
     def sync(self) -> None:
         """See `Sink`."""
 
