@@ -54,7 +54,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "kept": len(result.mem
 def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     """Each loop makes every candidate whole, in memory; ours in the tensors of a live module."""
     paths = make_checkpoints("vit-50m" if small else "vit-g-463m", folder / "runs", ingredients=16)
-    warm(path / "model.safetensors" for path in paths)
+    warm([path / "model.safetensors" for path in paths])
     script = folder / "greedy.py"
     script.write_text(_GREEDY.replace("sys.stdin.read()", repr(json.dumps(ACCEPTED))), encoding="utf-8")
     out = folder / "soup"

@@ -26,17 +26,15 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     run_process(command)  # compiles, if need be
     ours: list[dict[str, Any]] = []
     loops, floors = [], []
-    for number in range(repeats):
+    for _ in range(repeats):
         shutil.rmtree(soup)
         mine = run_process(command)
         ours.append({**json.loads(mine.output), "process_seconds": mine.seconds, "owned": mine.owned_bytes})
         floor = [sys.executable, str(HERE / "floor.py"), "warm", *map(str, files), "--write-bytes", str(write_bytes)]
         floors.append(json.loads(run_process([*floor, "--dir", str(folder)]).output))
-        if number < max(2, repeats // 2):
-            loops.append(
-                run_process([sys.executable, str(HERE / "torch_loops.py"), "uniform", str(loop_out), *map(str, paths)])
-            )
-            loop_out.unlink()
+        loop = [sys.executable, str(HERE / "torch_loops.py"), "uniform", str(loop_out), *map(str, paths)]
+        loops.append(run_process(loop))
+        loop_out.unlink()
     stages = {k: summary([o["stage_seconds"][k] for o in ours]) for k in ours[0]["stage_seconds"]}
     return {
         "cache": "warm: every file was read once before",

@@ -8,13 +8,16 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from streamsoup.maps import FileMap
 
 SAMPLE_SECONDS = 0.01
 
@@ -33,44 +36,49 @@ def run_process(command: Sequence[str], *, environment: dict[str, str] | None = 
     """Run a command and sample the memory of it and its children; a failure ends the benchmark."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
-    owned = resident = 0
-    while process.poll() is None:
-        anonymous, rss = _memory(process.pid)
-        owned, resident = max(owned, anonymous), max(resident, rss)
-        time.sleep(SAMPLE_SECONDS)
+    peaks, ended = [0, 0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            peaks[:] = map(max, peaks, _memory(process.pid))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    output, _ = process.communicate()
     seconds = time.perf_counter() - began
-    assert process.stdout is not None
-    output = process.stdout.read()
+    ended.set()
+    sampler.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Run(seconds, owned, resident, output)
+    return Run(seconds, *peaks, output)
 
 
 def _memory(pid: int) -> tuple[int, int]:
+    """Owned and resident bytes of a process and its children, from cheap counters."""
     owned = resident = 0
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            with contextlib.suppress(OSError):
-                fields = dict(
-                    line.split(":", 1)
-                    for line in Path(f"/proc/{process.pid}/status").read_text("ascii", "replace").splitlines()
-                )
-                kilobytes = [int(fields.get(key, "0").split()[0]) for key in ("RssAnon", "RssShmem", "VmRSS")]
-                owned += 1024 * (kilobytes[0] + kilobytes[1])
-                resident += 1024 * kilobytes[2]
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+        text = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+        fields = dict(line.split(":", 1) for line in text.splitlines())
+        anonymous, shared, rss = (int(fields.get(k, "0").split()[0]) for k in ("RssAnon", "RssShmem", "VmRSS"))
+        owned, resident = 1024 * (anonymous + shared), 1024 * rss
+        for child in children:
+            more = _memory(int(child))
+            owned, resident = owned + more[0], resident + more[1]
     return owned, resident
 
 
-def warm(files: Iterable[Path]) -> None:
+def warm(files: Sequence[Path]) -> None:
     """Read files into the page cache."""
     for path in files:
         with open(path, "rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass
+    if resident_share(files) < 0.99:
+        raise SystemExit("The files do not stay in the page cache: there is too little memory for this case.")
 
 
-def drop(files: Iterable[Path]) -> None:
+def drop(files: Sequence[Path]) -> None:
     """Drop files from the page cache."""
     os.sync()
     for path in files:
@@ -79,6 +87,17 @@ def drop(files: Iterable[Path]) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
+    if resident_share(files) > 0.01:
+        raise SystemExit("The files stay in the page cache: this file system cannot be measured cold.")
+
+
+def resident_share(files: Sequence[Path]) -> float:
+    """Share of the files' bytes that are in the page cache."""
+    shares = []
+    for path in files:
+        with contextlib.closing(FileMap(str(path), path.stat().st_size)) as mapped:
+            shares.append(float(mapped.resident_shares(1 << 20).mean()))
+    return statistics.mean(shares)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

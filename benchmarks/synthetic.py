@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,7 @@ def make_checkpoints(
         noise = np.random.default_rng(number + 1).integers(0, 8, BLOCK, dtype=base.dtype)
         _write(path, tensors, base ^ noise, dtype, shards)
         paths.append(path)
+    os.sync()  # the write-back of what was made must not disturb what is measured
     return paths
 
 

@@ -35,7 +35,7 @@ from streamsoup.methods import linear
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import choose_mode, open_sources
 from streamsoup.recheck import recheck, written_again
-from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping
+from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
 from streamsoup.side_files import write_side_files
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, check_destination, destination_of
@@ -176,7 +176,7 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
     workspace.refuse_unfinished()
     job = {
         "id": uuid.uuid4().hex,
-        "recipe": recipe_to_mapping(recipe),
+        "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
         "fingerprint": plan.fingerprint,
         "overwrite": execution.overwrite,
         "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
@@ -187,14 +187,14 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
         return _Cook(plan, mode, recipe, workspace, job, backend, execution, began).run()
 
 
-def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = None) -> SoupResult:
+def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: str | None = None) -> SoupResult:
     """Go on with a soup whose making was interrupted; the result has the same bits.
 
     Parameters
     ----------
     out : path
         The destination of the interrupted run.
-    execution : Execution
+    execution : Execution, optional
         May differ from the interrupted run's in everything.
     nonfinite : {"error", "warn", "allow"}, optional
         Instead of the recipe's, after a run that stopped for NaN or infinity.
@@ -210,7 +210,7 @@ def resume(out: str | Path, execution: Execution, *, nonfinite: str | None = Non
     workspace = Workspace(destination_of(out))
     workspace.hold()
     try:
-        return _resume(workspace, execution, nonfinite, began)
+        return _resume(workspace, execution or Execution(), nonfinite, began)
     finally:
         workspace.release()
 

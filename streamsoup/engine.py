@@ -19,7 +19,7 @@ import numpy.typing as npt
 from streamsoup.backends.protocol import Backend, Blend, Slot
 from streamsoup.dtypes import BY_NAME
 from streamsoup.journal import TileRecord
-from streamsoup.maps import bytes_at
+from streamsoup.maps import bytes_at, same_bytes
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
 from streamsoup.tile_queue import TileQueue
@@ -293,7 +293,7 @@ class Engine:
             if i == 0:
                 first[:] = bytes_at(address, nbytes)
             else:
-                differs[i] = not np.array_equal(first, bytes_at(address, nbytes))
+                differs[i] = not same_bytes(output, address)
             digests[i] = self._backend.digest(address, nbytes, itemsize, tile.start // BLOCK_ELEMENTS)
         reduced = time.perf_counter()
         self._sink.write(tile.tensor, tile.start * itemsize, output)

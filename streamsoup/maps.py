@@ -32,6 +32,7 @@ def libc() -> Any:
     library.mmap.argtypes = [pointer, size, integer, integer, integer, ctypes.c_int64]
     library.mmap.restype = pointer
     library.munmap.argtypes = [pointer, size]
+    library.memcmp.argtypes = [pointer, pointer, size]
     library.madvise.argtypes = [pointer, size, integer]
     library.mincore.argtypes = [pointer, size, ctypes.POINTER(ctypes.c_ubyte)]
     return library
@@ -40,6 +41,12 @@ def libc() -> Any:
 def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """View raw memory, shape (nbytes,); valid as long as what lies there."""
     return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
+
+
+def same_bytes(buffer: memoryview, address: int) -> bool:
+    """Whether memory at an address holds what a writable buffer holds; without a temporary of its size."""
+    mine = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    return bool(libc().memcmp(mine, address, len(buffer)) == 0)
 
 
 class FileMap:

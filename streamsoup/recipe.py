@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -98,6 +99,11 @@ def make_recipe(
     values = [1.0] * len(paths) if numbers is None else [float(w) for w in numbers]
     ingredients = tuple(Ingredient(str(p), w) for p, w in zip(paths, values, strict=True))
     return Recipe(ingredients, normalize=coefficients is None, **options)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make a recipe mean the same from any folder."""
+    return replace(recipe, ingredients=tuple(replace(i, path=os.path.abspath(i.path)) for i in recipe.ingredients))
 
 
 def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:

@@ -177,6 +177,18 @@ class Workspace:
         fd = lock_folder(self.folder)
         self._lock = fd
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a process, this one included, is at work on the folder."""
+        if self._lock is not None:
+            return True
+        try:
+            self.hold()
+        except ResumeError:
+            return True
+        self.release()
+        return False
+
     def release(self) -> None:
         """Give the folder back."""
         if self._lock is not None:
@@ -232,7 +244,7 @@ class Workspace:
         if self.destination.is_file:
             # The weights last: whoever waits for them finds the files beside them complete.
             for file in sorted(p for p in self.soup.iterdir() if p.name != target.name):
-                os.replace(file, target.with_name(file.name))
+                move_file(file, target.with_name(file.name), overwrite=True)
             move_file(self.soup / target.name, target, overwrite=overwrite)
         else:
             old = move_folder(self.soup, target, overwrite=overwrite)

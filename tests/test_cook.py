@@ -150,6 +150,13 @@ def test_patterns_are_taken_in_natural_order_and_the_first_gives_the_names(tmp_p
     assert [os.path.basename(i["path"]) for i in manifest["ingredients"]] == [f"run{i + 1}" for i in range(11)]
 
 
+def test_a_list_in_python_keeps_its_order(tmp_path):
+    runs = sorted(fine_tunes(tmp_path, 11))
+    streamsoup.soup(runs, tmp_path / "soup")
+    manifest = json.loads((tmp_path / "soup" / "streamsoup.json").read_text())
+    assert [i["path"] for i in manifest["ingredients"]] == runs
+
+
 def test_the_recipe_of_a_soup_makes_the_same_soup(tmp_path):
     runs = fine_tunes(tmp_path, 3)
     streamsoup.soup(runs, tmp_path / "a", weights=[0.1, 0.2, 0.7], dtype="float32", shard_size=9000)

@@ -278,6 +278,25 @@ def test_resume_ends_with_the_same_bits_and_reads_only_what_is_missing(tmp_path,
     assert not (tmp_path / f"{out}.partial").exists()
 
 
+def test_work_begun_with_relative_paths_is_resumed_from_another_folder(tmp_path, runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    interrupt(monkeypatch, [os.path.relpath(run) for run in runs], "soup")
+    monkeypatch.chdir("/")
+    streamsoup.resume(tmp_path / "soup")
+    streamsoup.soup(runs, tmp_path / "fresh")
+    assert weights_bytes(tmp_path / "soup") == weights_bytes(tmp_path / "fresh")
+
+
+def test_whether_a_workspace_is_held_is_asked_without_taking_it(tmp_path, runs, monkeypatch):
+    interrupt(monkeypatch, runs, tmp_path / "soup")
+    one, other = (Workspace(destination_of(tmp_path / "soup")) for _ in range(2))
+    assert not one.is_held
+    other.hold()
+    assert one.is_held
+    other.release()
+    assert not one.is_held
+
+
 def test_resume_on_the_other_backend_ends_with_the_same_bits(tmp_path, monkeypatch):
     from factory import realistic, write_checkpoint
 

@@ -155,7 +155,6 @@ class CpuBackend:
     """See `Backend`."""
 
     name = "cpu"
-    staged = False
 
     def __init__(self) -> None:
         self._wide = False

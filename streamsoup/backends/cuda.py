@@ -123,8 +123,6 @@ class TorchBackend:
         If torch cannot use it.
     """
 
-    staged = True
-
     def __init__(self, device: str) -> None:
         import torch
 

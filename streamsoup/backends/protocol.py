@@ -103,14 +103,10 @@ class Backend(Protocol):
     Attributes
     ----------
     name : str
-    staged : bool
-        Whether it needs ingredients in its own buffers even when they are mapped.
     """
 
     @property
     def name(self) -> str: ...
-    @property
-    def staged(self) -> bool: ...
 
     def prepare(self, *, wide: bool, fp8: bool) -> None:
         """Import and compile what a run will need, so that its memory and time are not counted in the run."""

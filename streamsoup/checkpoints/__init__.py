@@ -6,8 +6,6 @@ import glob
 import os
 from collections.abc import Sequence
 
-from natsort import natsorted
-
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
@@ -23,6 +21,7 @@ __all__ = [
     "identify",
     "identity_key",
     "identity_to_json",
+    "natural_order",
     "open_checkpoints",
     "verify_unchanged",
 ]
@@ -40,10 +39,7 @@ def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """Expand patterns, and put what a shell expanded into natural order (run2 before run10).
-
-    A list that is in plain alphabetical order, as a shell leaves it, is put into natural order; any other order is
-    a person's own and is kept.
+    """Expand patterns, each in natural order (run2 before run10); other paths stay as they are.
 
     Raises
     ------
@@ -53,10 +49,24 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for path in paths:
         if glob.has_magic(path) and not os.path.exists(path):
-            found = natsorted(glob.glob(path))
+            found = _natural(glob.glob(path))
             if not found:
                 raise CheckpointNotFoundError(f"{path}: matches no file or folder.", path=path)
             expanded += found
         else:
             expanded.append(path)
-    return natsorted(expanded) if expanded == sorted(expanded) else expanded
+    return expanded
+
+
+def natural_order(paths: Sequence[str]) -> list[str]:
+    """Put a list that is in plain alphabetical order, as a shell leaves it, into natural order.
+
+    Any other order is a person's own and is kept.
+    """
+    return _natural(paths) if list(paths) == sorted(paths) else list(paths)
+
+
+def _natural(paths: Sequence[str]) -> list[str]:
+    from natsort import natsorted
+
+    return natsorted(paths)

@@ -168,7 +168,7 @@ def _remove_workdir(folder: Path) -> None:
 
 
 def _job(args: argparse.Namespace) -> GreedyJob:
-    from streamsoup.checkpoints import expand_paths
+    from streamsoup.checkpoints import expand_paths, natural_order
     from streamsoup.greedy_options import make_job
 
     if not args.ingredients:
@@ -177,7 +177,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         raise UsageError("Say how to score a checkpoint: --score COMMAND.")
     if not args.output and not args.dry_run:
         raise UsageError("Say where the soup goes: -o FOLDER.")
-    paths = expand_paths(args.ingredients)
+    paths = natural_order(expand_paths(args.ingredients))
     order, own_scores = _order(args.order, paths)
     options = {
         "order": order,

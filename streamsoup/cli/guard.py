@@ -83,7 +83,8 @@ def _wait(child: int, args: argparse.Namespace) -> int:
     say(_obituary(number))
     on_death: Any = getattr(args, "on_death", None)
     if on_death is not None:
-        on_death(args)
+        with contextlib.suppress(StreamsoupError, OSError):  # one line was said; a second matters less
+            on_death(args)
     return 128 + number if number == signal.SIGKILL else 1
 
 

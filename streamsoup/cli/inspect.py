@@ -40,9 +40,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from streamsoup.align import find_mismatches
-    from streamsoup.checkpoints import expand_paths, open_checkpoints
+    from streamsoup.checkpoints import expand_paths, natural_order, open_checkpoints
 
-    checkpoints = open_checkpoints(expand_paths(args.checkpoints))
+    checkpoints = open_checkpoints(natural_order(expand_paths(args.checkpoints)))
     first = checkpoints[0]
     problems = [p for other in checkpoints[1:] for p in find_mismatches(first, other)]
     if args.json:

@@ -107,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
         if args.resume:
             if args.ingredients or args.recipe or args.output or args.dry_run:
                 raise UsageError("--resume takes everything from the interrupted run; give it alone.")
+            if args.dtype or args.shard_size or args.buffers or args.coefficients or args.as_given:
+                raise UsageError(
+                    "--resume keeps --dtype, --shard-size, --buffers and --coefficients of the interrupted run; for "
+                    "others begin anew with --restart."
+                )
             result = resume(args.resume, execution, nonfinite=args.nonfinite)
         else:
             recipe = _recipe(args)
@@ -130,9 +135,9 @@ def after_death(args: argparse.Namespace) -> None:
     workspace = Workspace(destination_of(out)) if out else None
     if workspace is None or not workspace.exists:
         return
-    if args.no_keep:
+    if args.no_keep and not workspace.is_held:  # else it is another run's
         workspace.remove()
-    else:
+    elif not args.no_keep:
         say(f"Unfinished work is kept in {workspace.folder}; go on with `streamsoup soup --resume {out}`.")
 
 
@@ -153,7 +158,7 @@ def _execution(args: argparse.Namespace, progress: Any) -> Execution:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from streamsoup.checkpoints import expand_paths
+    from streamsoup.checkpoints import expand_paths, natural_order
     from streamsoup.cli.guard import UsageError
     from streamsoup.recipe import make_recipe, read_recipe
 
@@ -177,8 +182,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     pairs = [_split_weight(text) for text in args.ingredients]
     paths = [path for path, _ in pairs]
     weights: list[float] | None = [1.0 if weight is None else weight for _, weight in pairs]
-    if all(weight is None for _, weight in pairs) and not args.as_given:
+    if all(weight is None for _, weight in pairs):
         paths, weights = expand_paths(paths), None
+        if not args.as_given:
+            paths = natural_order(paths)
     if args.coefficients:
         return make_recipe(paths, coefficients=weights or [1.0] * len(paths), **options)
     return make_recipe(paths, weights=weights, **options)
