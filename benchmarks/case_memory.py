@@ -15,13 +15,13 @@ BUDGET = 256 * 2**20
 
 
 def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
-    """Make soups of few, many and huge ingredients, with maps and with plain reads."""
+    """Make soups of few, many and huge ingredients, in every way of reading."""
     cases = [("vit-50m", 2), ("vit-50m", 8), ("vit-50m", 64)]
     cases.append(("small-20mb", 2) if small else ("one-tensor-8gb", 2))
     rows = []
     for preset, count in cases:
         paths = make_checkpoints(preset, folder / "runs", ingredients=count)
-        for mode in ("map", "plain"):
+        for mode in ("map", "ahead", "plain"):
             out = folder / "soup"
             command = [sys.executable, "-m", "streamsoup", "soup", *map(str, paths), "-o", str(out), "--json"]
             result = run_process([*command, "--budget", str(BUDGET), "--read", mode])
