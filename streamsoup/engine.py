@@ -259,17 +259,20 @@ class Engine:
         plan = self._plan
         blend = make_blend(plan, tile.tensor)
         first_block = tile.start // BLOCK_ELEMENTS
+        place = tile.start * blend.out_itemsize
+        room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
         token, read = None, time.perf_counter() - began
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
             start = time.perf_counter()
             addresses = self._fetch_group(slot, group, tile, blend)
             read += time.perf_counter() - start
-            token = slot.combine(addresses, blend, first, tile.elements, first_block)
+            token = slot.combine(addresses, blend, first, tile.elements, first_block, room)
         assert token is not None
         combined = token.result()
         reduced = time.perf_counter()
-        self._sink.write(tile.tensor, tile.start * blend.out_itemsize, combined.output)
+        if room is None:
+            self._sink.write(tile.tensor, place, combined.output)
         record = TileRecord(
             tile.tensor,
             tile.start,

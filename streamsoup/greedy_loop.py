@@ -50,7 +50,9 @@ class GreedyLoop:
     def __post_init__(self) -> None:
         on_disk = sum_on_disk(self.pool, self.folder)
         sums = self.folder / "sums" if on_disk and self.folder is not None else None
-        self.running = RunningSoup(self.job.ingredients, pool=self.pool, folder=sums)
+        self.running = RunningSoup(
+            self.job.ingredients, pool=self.pool, folder=sums, only_grows=self.job.rule.only_grows
+        )
         self.evaluator = Evaluator(self.job, self.running, self.identities, self.folder, self.score, self.before_score)
 
     def run(self) -> GreedyResult:

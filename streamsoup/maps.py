@@ -43,10 +43,14 @@ def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
 
 
+def address_of(buffer: memoryview) -> int:
+    """Address of the first byte of a writable buffer."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
 def same_bytes(buffer: memoryview, address: int) -> bool:
     """Whether memory at an address holds what a writable buffer holds; without a temporary of its size."""
-    mine = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    return bool(libc().memcmp(mine, address, len(buffer)) == 0)
+    return bool(libc().memcmp(address_of(buffer), address, len(buffer)) == 0)
 
 
 class FileMap:

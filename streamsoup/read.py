@@ -15,7 +15,7 @@ from typing import Protocol
 
 from streamsoup.checkpoints import Checkpoint, Shard
 from streamsoup.errors import IngredientReadError, RecipeError
-from streamsoup.maps import FileMap
+from streamsoup.maps import FileMap, address_of
 from streamsoup.open_files import OpenFiles
 from streamsoup.windows import Windows, window_bytes
 
@@ -40,7 +40,7 @@ _NETWORK = (
 
 
 class Source(Protocol):
-    """The bytes of one ingredient."""
+    """The bytes of one ingredient. Inherit from it: only `fetch` has no default."""
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """Return the address of a part of a tensor: in `staging` if that is given, else in memory of the source.
@@ -67,28 +67,15 @@ class Source(Protocol):
         ------
         IngredientReadError
         """
-        ...
+        return
 
     def drop(self, position: int, offset: int, nbytes: int) -> None:
         """Take note that a part of a tensor will not be fetched again."""
-        ...
+        return
 
     def close(self) -> None:
         """Give everything back; addresses are invalid afterwards."""
-        ...
-
-
-class Direct:
-    """What most sources have in common: they read when they are asked and have nothing to drop. See `Source`."""
-
-    def load(self, position: int, offset: int, nbytes: int) -> None:
-        """See `Source`."""
-
-    def drop(self, position: int, offset: int, nbytes: int) -> None:
-        """See `Source`."""
-
-    def close(self) -> None:
-        """See `Source`."""
+        return
 
 
 def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
@@ -139,7 +126,7 @@ def _is_network(path: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-class MappedSource(Direct):
+class MappedSource(Source):
     """Maps each shard when it is first needed. See `Source`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -154,7 +141,7 @@ class MappedSource(Direct):
         address = self._map(shard).address + begin
         if staging is None:
             return address
-        target = ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        target = address_of(staging)
         ctypes.memmove(target, address, nbytes)
         return target
 
@@ -222,7 +209,7 @@ class AheadSource(MappedSource):
         super().close()
 
 
-class PlainSource(Direct):
+class PlainSource(Source):
     """Reads with `preadv` into the caller's buffers and leaves nothing in the page cache that was not there.
 
     See `Source`; `staging` is required.
@@ -244,7 +231,7 @@ class PlainSource(Direct):
                 self._read(fd, int(self._table.begins[position]) + offset, staging[:nbytes])
         except OSError as error:
             raise _read_error(file, error) from error
-        return ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        return address_of(staging)
 
     def _read(self, fd: int, offset: int, target: memoryview) -> None:
         done = 0

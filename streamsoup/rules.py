@@ -64,6 +64,11 @@ class Rule:
         if self.prune and self.max_ingredients is not None:
             raise RecipeError("prune starts from all ingredients; it cannot keep to max_ingredients. Give one of them.")
 
+    @property
+    def only_grows(self) -> bool:
+        """Whether soups only ever get one more ingredient: nothing is dropped, and nothing enters twice."""
+        return not self.prune and self.rounds == 1 and not self.restarts
+
     def accepts(self, score: float, best: float) -> bool:
         """Whether a candidate's score is good enough."""
         gain = best - score if self.minimize else score - best

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from streamsoup.errors import MismatchError
 from streamsoup.plan import Plan
+from streamsoup.write import Sink
 
 if TYPE_CHECKING:
     import torch
 
 
-class MemorySink:
+class MemorySink(Sink):
     """Collects tensors as arrays of bytes. See `Sink`.
 
     Attributes
@@ -27,19 +28,20 @@ class MemorySink:
         self._plan = plan
         self.arrays: dict[int, npt.NDArray[np.uint8]] = {}
 
-    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+    def room(self, tensor: int, offset: int, nbytes: int) -> memoryview:
         """See `Sink`."""
         array = self.arrays.get(tensor)
         if array is None:
-            nbytes = int(self._plan.table.elements[tensor]) * self._plan.out_dtype(tensor).itemsize
-            array = self.arrays.setdefault(tensor, np.empty(nbytes, np.uint8))
-        array[offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
+            whole = int(self._plan.table.elements[tensor]) * self._plan.out_dtype(tensor).itemsize
+            array = self.arrays.setdefault(tensor, np.empty(whole, np.uint8))
+        return array[offset : offset + nbytes].data
 
-    def sync(self) -> None:
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`."""
+        self.room(tensor, offset, len(buffer))[:] = buffer
 
 
-class ModuleSink:
+class ModuleSink(Sink):
     """Writes into the parameters and buffers of a torch module. See `Sink`.
 
     Parameters
@@ -84,6 +86,27 @@ class ModuleSink:
             raise MismatchError(problems)
         self._plan = plan
         self._targets = [state[n].detach().view(-1) if n in state else None for n in table.names]
+        self._rooms = [self._whole_room(position) for position in range(len(table))]
+
+    def _whole_room(self, tensor: int) -> memoryview | None:
+        """Return the memory of a parameter that can be written as it is: on the CPU, and in the soup's dtype."""
+        import torch
+
+        target = self._targets[tensor]
+        dtype = self._plan.out_dtype(tensor)
+        if target is None or target.device.type != "cpu" or target.dtype != getattr(torch, dtype.torch_name, None):
+            return None
+        return memoryview(target.view(torch.uint8).numpy())
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> memoryview | None:
+        """See `Sink`."""
+        room = self._rooms[tensor]
+        if room is None:
+            return None
+        target = self._targets[tensor]
+        assert target is not None
+        target[:0].zero_()  # tells autograd, which cannot see who writes, that the tensor changed
+        return room[offset : offset + nbytes]
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`."""
@@ -97,6 +120,3 @@ class ModuleSink:
         tile = torch.frombuffer(buffer, dtype=getattr(torch, dtype.torch_name))
         with torch.no_grad():
             target[start : start + len(tile)].copy_(tile)
-
-    def sync(self) -> None:
-        """See `Sink`."""

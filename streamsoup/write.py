@@ -18,7 +18,11 @@ _RENAME_EXCHANGE = 2
 
 
 class Sink(Protocol):
-    """Where finished tiles go."""
+    """Where finished tiles go. Inherit from it: only `write` has no default."""
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> memoryview | None:
+        """Return writable memory of its own for a tile, to be filled instead of calling `write`; or None."""
+        return None
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """Take the bytes of a tile: `offset` counts from the tensor's first byte. Called from several threads."""
@@ -26,10 +30,10 @@ class Sink(Protocol):
 
     def sync(self) -> None:
         """Wait until all that was written is durable."""
-        ...
+        return
 
 
-class FileSink:
+class FileSink(Sink):
     """Writes tiles into the shards of a layout.
 
     Parameters

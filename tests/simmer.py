@@ -21,9 +21,10 @@ from streamsoup.plan import Plan, make_plan
 from streamsoup.read import open_sources
 from streamsoup.recipe import make_recipe
 from streamsoup.tiling import BLOCK_ELEMENTS, slot_bytes
+from streamsoup.write import Sink
 
 
-class MemorySink:
+class MemorySink(Sink):
     """Keeps the soup in memory, and checks that every byte is written exactly once."""
 
     def __init__(self, plan: Plan) -> None:
@@ -35,9 +36,6 @@ class MemorySink:
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         self.raw[tensor][offset : offset + len(buffer)] = buffer
         self.times[tensor][offset : offset + len(buffer)] += 1
-
-    def sync(self) -> None:
-        pass
 
     def tensors(self) -> dict[str, np.ndarray]:
         assert all((times == 1).all() for times in self.times), "a byte was written twice or never"

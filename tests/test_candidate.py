@@ -12,6 +12,7 @@ from factory import read_checkpoint, write_checkpoint
 
 import streamsoup
 from streamsoup.errors import MismatchError
+from streamsoup.write import Sink
 
 
 class Tied(torch.nn.Module):
@@ -225,7 +226,7 @@ def test_what_a_mapping_reads_is_counted(running):
     assert looked_up == running.bytes_read - before - looked_up > 0
 
 
-class Nowhere:
+class Nowhere(Sink):
     def write(self, tensor, offset, buffer):
         pass
 

@@ -18,7 +18,7 @@ from simmer import MemorySink, plan_for, simmer
 from streamsoup.backends import open_backend
 from streamsoup.engine import Engine, Progress
 from streamsoup.errors import DiskSpaceError, IngredientReadError
-from streamsoup.read import Direct, MappedSource
+from streamsoup.read import MappedSource, Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 NARROW = tuple(name for name in FLOATS if name != "F64")
@@ -450,7 +450,7 @@ def _sync_once(engine):
         engine._fail(error)
 
 
-class _Failing(Direct):
+class _Failing(Source):
     """A source that has vanished."""
 
     def fetch(self, position, offset, nbytes, staging):

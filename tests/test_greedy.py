@@ -32,6 +32,7 @@ from streamsoup.own_scores import read_own_scores
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.reread import MOST_READS, prefer_reread
 from streamsoup.rules import Rule, Search
+from streamsoup.write import Sink
 
 DRIVER = Path(__file__).with_name("greedy_driver.py")
 SIZE = 6000
@@ -115,11 +116,8 @@ def test_each_ingredient_is_read_at_most_twice_beyond_its_own_scoring(tmp_path):
         candidate.stream(_Nowhere())
         return float(len(candidate.members)) if int(candidate.members[-1].path[-2:]) % 2 == 0 else -100.0
 
-    class _Nowhere:
+    class _Nowhere(Sink):
         def write(self, tensor, offset, buffer):
-            pass
-
-        def sync(self):
             pass
 
     result = streamsoup.greedy(runs, tmp_path / "soup", score=score, budget_bytes="200MiB")
@@ -407,7 +405,7 @@ def test_where_sums_are_not_exact_the_soup_still_has_the_bits_of_its_recipe(tmp_
 # -- reads ---------------------------------------------------------------------------------------------------------
 
 
-class Nowhere:
+class Nowhere(Sink):
     """Takes a candidate and forgets it."""
 
     def write(self, tensor, offset, buffer):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from streamsoup.backends.protocol import Blend, Combined, Token
 from streamsoup.kernels import codes
 from streamsoup.kernels import combine as kernels
+from streamsoup.maps import address_of
 from streamsoup.tiling import Tiling
 
 
@@ -63,7 +64,13 @@ class CpuSlot:
         return self._output[:nbytes].data
 
     def combine(
-        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        first: int,
+        elements: int,
+        first_block: int,
+        into: memoryview | None = None,
     ) -> Token | None:
         """See `Slot`."""
         stop = first + len(addresses)
@@ -72,20 +79,20 @@ class CpuSlot:
             self._digests[:] = 0
             self._nonfinite[:] = 0
             self._overflowed = 0
+        output = into if into is not None else self.output(elements * blend.out_itemsize)
         group = _Group.of(blend, addresses, first, self._partial if first else None)
         # An element that overflowed in an earlier group is not counted again: its partial sum is no longer finite.
         self._overflowed += group.combine(
             blend,
             elements,
             first_block,
-            out=self._output if last else self._partial,
+            out=output if last else self._partial.data if self._partial is not None else None,
             last=last,
             digests=self._digests[first:stop],
             nonfinite=self._nonfinite[first:stop],
         )
         if not last:
             return None
-        output = self.output(elements * blend.out_itemsize)
         return Done(Combined(output, self._digests, self._nonfinite, self._overflowed))
 
 
@@ -122,7 +129,7 @@ class _Group:
         elements: int,
         first_block: int,
         *,
-        out: npt.NDArray[np.uint8] | None,
+        out: memoryview | None,
         last: bool,
         digests: npt.NDArray[np.uint64],
         nonfinite: npt.NDArray[np.int64],
@@ -136,7 +143,7 @@ class _Group:
         place = (
             elements,
             first_block,
-            out.ctypes.data,
+            address_of(out),
             out_code,
             self.hashed,
             found_digests,

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 class TorchToken:
     """Work that was queued on a device; `result` waits for it."""
 
-    def __init__(self, slot: TorchSlot, output: torch.Tensor, overflowed: int) -> None:
+    def __init__(self, slot: TorchSlot, output: torch.Tensor, overflowed: int, into: memoryview | None) -> None:
         self._slot = slot
         self._output = output
         self._overflowed = overflowed
+        self._into = into
 
     def result(self) -> Combined:
         """See `Token`."""
         slot = self._slot
-        output = slot.output(self._output.numel())
+        output = slot.output(self._output.numel()) if self._into is None else self._into
         np.frombuffer(output, np.uint8)[:] = self._output.cpu().numpy()
         return Combined(output, slot.digests, slot.nonfinite, self._overflowed)
 
@@ -62,7 +63,13 @@ class TorchSlot:
         return self._output[:nbytes].numpy().data
 
     def combine(
-        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        first: int,
+        elements: int,
+        first_block: int,
+        into: memoryview | None = None,
     ) -> Token | None:
         """See `Slot`. The bytes are taken from the staging buffers, whatever their addresses."""
         from streamsoup.kernels import torch_combine
@@ -106,7 +113,7 @@ class TorchSlot:
             self._partial = output
             return None
         self._partial = None
-        return TorchToken(self, output, self._overflowed)
+        return TorchToken(self, output, self._overflowed, into)
 
 
 class TorchBackend:

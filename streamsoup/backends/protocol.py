@@ -54,7 +54,7 @@ class Combined:
     Attributes
     ----------
     output : memoryview
-        Its bytes; valid until the slot is used again.
+        Its bytes; valid until the slot is used again. What was given as `into`, if that was.
     digests : uint64 array, shape (ingredients,)
     nonfinite : int64 array, shape (ingredients,)
         NaN and infinite elements of each ingredient.
@@ -88,11 +88,18 @@ class Slot(Protocol):
         ...
 
     def combine(
-        self, addresses: Sequence[int], blend: Blend, first: int, elements: int, first_block: int
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        first: int,
+        elements: int,
+        first_block: int,
+        into: memoryview | None = None,
     ) -> Token | None:
         """Combine a group of ingredients: those from `first` on, as many as there are addresses.
 
-        Groups of a tile come in order. The last returns a token, the others None.
+        Groups of a tile come in order. The last returns a token, the others None. `into`: where to put the result,
+        instead of a buffer of the slot; it may be the very memory of an ingredient of the same itemsize.
         """
         ...
 

@@ -32,7 +32,7 @@ class Extent:
     negative_zero: npt.NDArray[np.bool_]
 
 
-class MeasuringSource:
+class MeasuringSource(Source):
     """Passes an ingredient's bytes on and notes the extent of each tensor. See `Source`."""
 
     def __init__(self, source: Source, table: TensorTable) -> None:

@@ -15,7 +15,6 @@ with pwrite and pread, since zarr's own path would copy and lock.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -33,8 +32,9 @@ from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DType
 from streamsoup.errors import IngredientReadError
 from streamsoup.files import write_durably
+from streamsoup.maps import address_of
 from streamsoup.open_files import OpenFiles
-from streamsoup.read import Direct, Source
+from streamsoup.read import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 
@@ -65,7 +65,7 @@ def array_names(names: Sequence[str]) -> list[str]:
     return [name if is_plain(name) else f"tensor-{i}" for i, name in enumerate(names)]
 
 
-class GenerationStore:
+class GenerationStore(Sink):
     """See `SumStore`.
 
     Parameters
@@ -232,7 +232,7 @@ class GenerationStore:
                 done += os.pwrite(fd, buffer[done:], inside + done)
         finally:
             os.close(fd)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        address = address_of(buffer)
         itemsize = self._dtype.itemsize
         digest = self._backend.digest(address, len(buffer), itemsize, offset // itemsize // BLOCK_ELEMENTS)
         with self._lock:
@@ -269,7 +269,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.keys() >= {"members", "digests"} else None
 
 
-class _GenerationSource(Direct):
+class _GenerationSource(Source):
     """Reads chunks through the page cache, where they mostly are: they were just written. See `Source`."""
 
     def __init__(self, folder: Path, table: TensorTable, chunk_bytes: int) -> None:
@@ -285,7 +285,7 @@ class _GenerationSource(Direct):
         path = str(self._folder / self._names[position] / "c" / str(chunk))
         if staging is None:
             staging = self._own_buffer(nbytes)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        address = address_of(staging)
         try:
             with self._files.borrow(path) as fd:
                 done = 0

@@ -51,6 +51,9 @@ class RunningSoup:
         The first gives names, dtypes and configuration files; nothing is added yet.
     folder : path, optional
         Keep the sum there, as a zarr store; by default it is in memory, and counts against the budget.
+    only_grows : bool
+        Nothing will be removed or added twice, so that nothing need be measured for it. If it is all the same, the sum
+        is made anew.
     **options
         See `PoolOptions`.
 
@@ -76,12 +79,14 @@ class RunningSoup:
         *,
         folder: str | Path | None = None,
         pool: Pool | None = None,
+        only_grows: bool = False,
         **options: Any,
     ) -> None:
         paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
         self.pool = pool or Pool(paths, PoolOptions(**options))
         self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
         self._store = self._make_store(folder)
+        self._measures = not only_grows or self.pool.sum_dtype.name != "SUM64"
         self._extents: dict[str, Extent] = {}
         self._entered: dict[str, Entered] = {}
         self._keys: dict[str, str] = {}
@@ -215,7 +220,7 @@ class RunningSoup:
 
     def _fold(self, operands: tuple[Checkpoint, ...], numbers: Coefficients, members: tuple[Member, ...]) -> None:
         plan = self.pool.plan(operands, numbers, to_sum=True)
-        with self.sources(operands, measure=True) as sources:
+        with self.sources(operands, measure=self._measures) as sources:
             sink = self._store.begin()
             outcome = self.pool.run(plan, sources, sink)
         for source, operand in zip(sources, operands, strict=True):

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint, Shard, TensorTable
 from streamsoup.errors import StreamsoupError
-from streamsoup.read import Direct, Source
+from streamsoup.maps import address_of
+from streamsoup.read import Source
 from streamsoup.write import Sink
 
 
@@ -54,7 +55,7 @@ class SumStore(Protocol):
         ...
 
 
-class MemoryStore(Direct):
+class MemoryStore(Source, Sink):
     """One array a tensor, overwritten tile by tile: a tile of the next sum depends on that tile of the old alone.
 
     If a run fails half-way, the sum is neither old nor new, and reading it is an error until it is made anew.
@@ -87,9 +88,13 @@ class MemoryStore(Direct):
         address = array.ctypes.data + offset
         if staging is None:
             return address
-        target = ctypes.addressof(ctypes.c_char.from_buffer(staging))
+        target = address_of(staging)
         ctypes.memmove(target, address, nbytes)
         return target
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> memoryview | None:
+        """See `Sink`."""
+        return self._arrays[tensor][offset : offset + nbytes].data if self._averaged[tensor] else None
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`; copied tensors are not kept."""
@@ -97,12 +102,9 @@ class MemoryStore(Direct):
             return
         self._arrays[tensor][offset : offset + len(buffer)] = np.frombuffer(buffer, np.uint8)
 
-    def sync(self) -> None:
-        """See `Sink`."""
-
 
 @dataclass(frozen=True)
-class WithBuffers:
+class WithBuffers(Source):
     """A source of a running sum whose copied tensors come from a checkpoint."""
 
     sums: Source
