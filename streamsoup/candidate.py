@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from streamsoup.checkpoints import Checkpoint
 from streamsoup.companions import copy_companions
 from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.engine import Outcome
-from streamsoup.files import write_durably
+from streamsoup.errors import DestinationError
+from streamsoup.files import write_durably, writing_to
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from streamsoup.sums.running import Member, RunningSoup
 
 
+_MARK = ".streamsoup-candidate"
 _OUR_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -65,7 +68,7 @@ class Candidate:
     @property
     def plan(self) -> Plan:
         """The plan of making it."""
-        return self._running.pool.plan(self._operands, self._numbers)
+        return self._running.plan(self._operands, self._numbers)
 
     def stream(self, sink: Sink) -> Outcome:
         """Make it, tile by tile, into any sink.
@@ -107,13 +110,18 @@ class Candidate:
         Returns the folder; where the ingredients are single files, the file in it.
 
         The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
+
+        Raises
+        ------
+        DestinationError
+            If the folder has files, but no candidate was ever written there.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(os.path.abspath(folder))
         pool = self._running.pool
         layout = pool.layout
         known = folder in self._running.furnished  # by this process: an earlier one may have died half-way
         if not known:
+            _claim(folder)
             _remove_other_shards(folder, layout)
         with FileSink(folder, layout, existing=known, durable=False) as sink:
             self.stream(sink)
@@ -159,6 +167,18 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._plan.table)
+
+
+def _claim(folder: Path) -> None:
+    """Make a folder for candidates, or take one that was made for them."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / _MARK).exists():
+            if any(folder.iterdir()):
+                raise DestinationError(
+                    f"{folder}: has files that are no candidate's, which would be overwritten. Name a new folder."
+                )
+            (folder / _MARK).touch()
 
 
 def _remove_other_shards(folder: Path, layout: Layout) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import identity_key
-from streamsoup.errors import RecipeError
+from streamsoup.errors import RecipeError, ScoreError
 from streamsoup.greedy_job import GreedyJob
 from streamsoup.score import read_scores, run_command
 from streamsoup.scorebook import Entry, ScoreBook
@@ -100,7 +100,12 @@ class Evaluator:
         read = self._running.bytes_read
         if prepare:
             self._prepare(candidate)
-        scores = read_scores(self._score(candidate), self._job.metric, self._job.also)
+        try:
+            scores = read_scores(self._score(candidate), self._job.metric, self._job.also)
+        except ScoreError as error:
+            names = ", ".join(member.path for member in candidate.members)
+            error.add_note(f"While scoring {names}. Mend the score command or leave the checkpoint out.")
+            raise
         self.evaluations += 1
         entry = Entry(scores, time.perf_counter() - began, self._running.bytes_read - read)
         self.book.enter(candidate.members, entry)
@@ -109,7 +114,7 @@ class Evaluator:
     def _prepare(self, candidate: Candidate) -> None:
         """Write a candidate where a command can read it, and run what is to be run before scoring."""
         if getattr(self._score, "needs_files", False) or self._job.before_command is not None:
-            candidate.write(self._candidate_folder())
+            candidate.write(self.candidate_folder)
             self.written = candidate
         if self._before_score is not None:
             self._before_score(candidate)
@@ -122,9 +127,11 @@ class Evaluator:
         if self._job.before_command is not None:
             run_command(self._job.before_command, checkpoint, Path(os.devnull), self._job.timeout_seconds)
 
-    def _candidate_folder(self) -> Path:
+    @property
+    def candidate_folder(self) -> Path:
+        """Where candidates are written; of this job alone."""
         if self._job.candidates is not None:
-            return Path(self._job.candidates) / "candidate"
+            return Path(self._job.candidates) / f"candidate-{self._job.id}"
         if self._folder is None:
             raise RecipeError("A score that reads files needs a work folder. Give workdir=.")
         return self._folder / "candidate"

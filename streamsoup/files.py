@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamsoup.errors import DestinationError, DiskSpaceError, ResumeError
+from streamsoup.errors import DestinationError, DiskSpaceError, ResumeError, StreamsoupError
 from streamsoup.units import format_bytes
 
 
@@ -23,6 +23,8 @@ def writing_to(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except StreamsoupError:  # some are an OSError, and in our words already
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(f"{path}: the disk is full. Make room, then resume.") from error

@@ -43,10 +43,9 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
         f"{names[tensor]}: {count:,} NaN or infinite element(s) in {plan.checkpoints[ingredient].path}."
         for (ingredient, tensor), count in sorted(outcome.nonfinite.items())
     ]
-    found += [
-        f"{names[tensor]}: {count:,} element(s) of the soup are too large for {plan.out_dtype(tensor).torch_name}."
-        for tensor, count in sorted(outcome.overflowed.items())
-    ]
+    for tensor, count in sorted(outcome.overflowed.items()):
+        dtype = plan.out_dtype(tensor).torch_name or "a running sum"
+        found.append(f"{names[tensor]}: {count:,} element(s) of the soup are too large for {dtype}.")
     if found and nonfinite == "error":
         advice = []
         if outcome.nonfinite:

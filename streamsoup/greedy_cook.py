@@ -13,7 +13,7 @@ from streamsoup.files import require_space
 from streamsoup.forecast import Forecast, sum_on_disk
 from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
 from streamsoup.greedy_loop import GreedyLoop
-from streamsoup.greedy_options import make_job
+from streamsoup.greedy_options import change_job, make_job
 from streamsoup.pool import Pool
 from streamsoup.workspace import Workspace, check_destination, destination_of
 
@@ -146,6 +146,7 @@ def resume_greedy(
     on_trial: Callable[[TrialRecord], None] | None = None,
     on_score: Callable[[str, float], None] | None = None,
     progress: Callable[[Any], None] | None = None,
+    **changes: Any,
 ) -> GreedyResult:
     """Go on with a greedy soup whose making was interrupted: the same decisions and the same bits.
 
@@ -154,9 +155,14 @@ def resume_greedy(
     workdir : path
     score, before_score, on_trial, on_score, progress
         As in `cook_greedy`; callables must be given again.
+    **changes
+        Options that decide nothing may differ from the interrupted run's: ``budget_bytes``, ``device``, ``workers``,
+        ``read_mode``, ``nonfinite``, ``timeout_seconds``, ``candidates``, ``overwrite``.
 
     Raises
     ------
+    RecipeError
+        If another option is to be changed.
     ResumeError
         If there is nothing to resume.
     ChangedIngredientError
@@ -164,6 +170,7 @@ def resume_greedy(
     """
     folder = Path(workdir)
     job, identities = read_job(folder)
+    job = change_job(job, changes)
     pool = Pool(job.ingredients, job.pool, progress)
     for path, checkpoint in pool.checkpoints.items():
         expect_identity(checkpoint, identities[path], what="the greedy soup began")

@@ -20,12 +20,12 @@ from typing import Any
 from streamsoup.budget import PeakSampler
 from streamsoup.candidate import Candidate
 from streamsoup.evaluator import Evaluator
-from streamsoup.files import lock_folder
+from streamsoup.files import lock_folder, write_durably
 from streamsoup.forecast import sum_on_disk
 from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
 from streamsoup.greedy_output import publish_soup
 from streamsoup.pool import Pool
-from streamsoup.reread import prefer_reread
+from streamsoup.reread import ReadPlanner
 from streamsoup.rules import Accept, Begin, Search, Trial
 from streamsoup.score import Scores
 from streamsoup.scorebook import Entry
@@ -47,14 +47,6 @@ class GreedyLoop:
     on_score: Callable[[str, float], None] | None = None
     records: list[TrialRecord] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        on_disk = sum_on_disk(self.pool, self.folder)
-        sums = self.folder / "sums" if on_disk and self.folder is not None else None
-        self.running = RunningSoup(
-            self.job.ingredients, pool=self.pool, folder=sums, only_grows=self.job.rule.only_grows
-        )
-        self.evaluator = Evaluator(self.job, self.running, self.identities, self.folder, self.score, self.before_score)
-
     def run(self) -> GreedyResult:
         """Decide, and write the soup.
 
@@ -63,9 +55,19 @@ class GreedyLoop:
         ResumeError
             If another process is at work in the work folder.
         """
+        job, pool, folder = self.job, self.pool, self.folder
         with contextlib.ExitStack() as stack:
-            if self.folder is not None:
-                stack.callback(os.close, lock_folder(self.folder))
+            if folder is not None:
+                stack.callback(os.close, lock_folder(folder))
+            sums = folder / "sums" if folder is not None and sum_on_disk(pool, folder) else None
+            self.running = stack.enter_context(
+                RunningSoup(job.ingredients, pool=pool, folder=sums, existing=True, only_grows=job.rule.only_grows)
+            )
+            self.evaluator = Evaluator(job, self.running, self.identities, folder, self.score, self.before_score)
+            nbytes = {path: int(checkpoint.table.nbytes.sum()) for path, checkpoint in pool.checkpoints.items()}
+            self.reads = ReadPlanner(nbytes, pool.sum_bytes)
+            if job.candidates is not None:
+                stack.callback(shutil.rmtree, self.evaluator.candidate_folder, ignore_errors=True)
             return self._run()
 
     def _run(self) -> GreedyResult:
@@ -100,11 +102,8 @@ class GreedyLoop:
                 seconds=time.perf_counter() - began,
             )
             result = self._publish(result)
-        if self.job.candidates is not None:
-            shutil.rmtree(Path(self.job.candidates) / "candidate", ignore_errors=True)
         if self.folder is not None:
-            text = json.dumps(result.to_json(), indent=1)
-            (self.folder / "decisions.json").write_text(text, encoding="utf-8")
+            write_durably(self.folder / "decisions.json", json.dumps(result.to_json(), indent=1))
         return result
 
     @contextlib.contextmanager
@@ -158,8 +157,10 @@ class GreedyLoop:
                 best = answer = entry.scores.value
                 self._note(step, search, entry, best_before=None, accepted=True, size=len(current))
                 continue
-            trial_members = merge(current, self.job.ingredients[step.ingredient], step.change)
-            entry = self.evaluator.book.find(trial_members) or self._try(current, step)
+            path = self.job.ingredients[step.ingredient]
+            trial_members = merge(current, path, step.change)
+            reread = self.reads.reread([m.path for m in current], path, may_reread=step.change > 0)
+            entry = self.evaluator.book.find(trial_members) or self._try(current, step, reread=reread)
             answer = entry.scores.value
             accepted = self.job.rule.accepts(answer, best)
             size = len(trial_members if accepted else current)
@@ -178,17 +179,10 @@ class GreedyLoop:
         self._bring(members)
         return self.evaluator.candidate(self.running.mean(), began=began)
 
-    def _try(self, current: tuple[Member, ...], trial: Trial) -> Entry:
+    def _try(self, current: tuple[Member, ...], trial: Trial, *, reread: bool) -> Entry:
         began = time.perf_counter()
         path = self.job.ingredients[trial.ingredient]
-        running = self.running
-        ready = running.members == current or (not running.members and running.restore(current))
-        if trial.change > 0 and prefer_reread(
-            {m.path: int(self.pool.open(m.path).table.nbytes.sum()) for m in current},
-            self.running.reads,
-            sum_bytes=self.pool.sum_bytes,
-            sum_ready=ready,
-        ):
+        if reread:
             return self.evaluator.candidate(self.running.candidate_of(merge(current, path, trial.change)), began=began)
         self._bring(current)
         return self.evaluator.candidate(self.running.candidate(path, trial.change), began=began)

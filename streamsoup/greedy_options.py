@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from streamsoup.errors import RecipeError
@@ -13,6 +13,9 @@ from streamsoup.pool import PoolOptions
 from streamsoup.rules import Rule
 
 _OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite")
+# What decides nothing, and may differ when a run goes on.
+_MAY_CHANGE = {"timeout_seconds", "candidates", "overwrite"}
+_MAY_CHANGE_OF_POOL = {"budget_bytes", "device", "workers", "read_mode", "nonfinite"}
 
 
 def make_job(
@@ -56,3 +59,18 @@ def make_job(
         pool=PoolOptions(**pool),
         **job,
     )
+
+
+def change_job(job: GreedyJob, changes: Mapping[str, Any]) -> GreedyJob:
+    """Change options of an interrupted job that decide nothing; None leaves one as it is.
+
+    Raises
+    ------
+    RecipeError
+        For any other option.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if unknown := sorted(given.keys() - _MAY_CHANGE - _MAY_CHANGE_OF_POOL):
+        raise RecipeError(f"{unknown[0]}: cannot be changed when a greedy soup goes on. Begin anew in another folder.")
+    pool = {name: given.pop(name) for name in _MAY_CHANGE_OF_POOL & given.keys()}
+    return replace(job, pool=replace(job.pool, **pool), **given)

@@ -53,6 +53,26 @@ def publish_soup(
     assert job.out is not None
     workspace = Workspace(destination_of(job.out))
     workspace.create()  # over what a crash while publishing left: the decision is not in it
+    try:
+        _fill(workspace, job, running, result, identities, written, before, bring, changed_by)
+        workspace.publish(overwrite=job.overwrite)
+    finally:
+        workspace.release()
+    return workspace.destination.path
+
+
+def _fill(
+    workspace: Workspace,
+    job: GreedyJob,
+    running: RunningSoup,
+    result: GreedyResult,
+    identities: Mapping[str, Sequence[Mapping[str, Any]]],
+    written: Candidate | None,
+    before: Callable[[Path], None] | None,
+    bring: Callable[[tuple[Member, ...]], None],
+    changed_by: str | None,
+) -> None:
+    """Put the files of the soup into a workspace."""
     members, pool = result.members, running.pool
     moved = written is not None and written.is_exact and written.members == members and _move(written, workspace)
     with FileSink(workspace.soup, pool.layout, existing=moved) as sink:
@@ -87,9 +107,6 @@ def publish_soup(
         job_id=job.id,
     )
     write_durably(workspace.soup / "decisions.json", json.dumps(result.to_json(), indent=1))
-    workspace.publish(overwrite=job.overwrite)
-    workspace.release()
-    return workspace.destination.path
 
 
 def _exact(running: RunningSoup, members: tuple[Member, ...], bring: Callable[[tuple[Member, ...]], None]) -> Candidate:

@@ -17,11 +17,13 @@ import numpy.typing as npt
 from streamsoup.align import Alignment, align
 from streamsoup.checkpoints import Checkpoint, TensorTable
 from streamsoup.dtypes import DTYPES, DType, parse_float_dtype
+from streamsoup.errors import RecipeError
 from streamsoup.layout import Layout, lay_out
 from streamsoup.methods import Method
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
 
+_WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
 
@@ -162,6 +164,24 @@ class Plan:
                     yield Tile(tensor, first, min(self.tiling.tile_elements, stop - first))
 
 
+def _refuse_extreme(method: Method, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    """Refuse what double-double arithmetic, which scales large numbers, was not proved for."""
+    previous = None
+    for name in names:
+        numbers = method.coefficients(name)
+        if numbers is previous:  # fixed numbers are the same object for every tensor
+            continue
+        previous = numbers
+        for number, where in [
+            *((w, c.path) for w, c in zip(numbers.weights, checkpoints, strict=True)),
+            (numbers.divisor[0], "their sum"),
+        ]:
+            if number and not _WIDE_LEAST <= abs(number) <= 1 / _WIDE_LEAST:
+                raise RecipeError(
+                    f"{where}: weight {number:g}; with float64 tensors they lie between 2^-400 and 2^400. Scale them."
+                )
+
+
 def _gaps(elements: int, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     position = 0
     for start, length in sorted(done):
@@ -185,6 +205,7 @@ def make_plan(
     workers: int,
     staged: bool,
     ahead: bool = False,
+    reserved_bytes: int = 0,
 ) -> Plan:
     """Plan a soup.
 
@@ -211,6 +232,8 @@ def make_plan(
         Whether ingredients are read into buffers.
     ahead : bool
         Whether what is mapped is read ahead.
+    reserved_bytes : int
+        What of the budget is taken already.
 
     Raises
     ------
@@ -231,6 +254,8 @@ def make_plan(
         layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
     wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
+    if wide:
+        _refuse_extreme(method, checkpoints, table.names)
     needs = TileNeeds(
         ingredients=len(checkpoints),
         in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),
@@ -238,6 +263,7 @@ def make_plan(
         sum_itemsize=16 if wide else 8,
         staged=staged,
         ahead=ahead,
+        reserved_bytes=reserved_bytes,
         largest_elements=int(table.elements.max(initial=0)),
         groupable=not wide,
     )

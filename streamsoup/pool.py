@@ -75,7 +75,6 @@ class Pool:
     checkpoints : dict of str to Checkpoint
     backend : Backend
     budget_bytes : int
-        For the engine; whoever keeps sums in memory takes them off.
     """
 
     paths: Sequence[str]
@@ -148,11 +147,20 @@ class Pool:
             (self.checkpoints[path],) = open_checkpoints([path])
         return self.checkpoints[path]
 
-    def plan(self, checkpoints: Sequence[Checkpoint], numbers: Coefficients, *, to_sum: bool = False) -> Plan:
-        """Plan a combination of checkpoints (or of a running sum and checkpoints) into a soup or into a sum."""
-        return self._plan(
-            checkpoints, numbers, out_dtypes=self.sum_dtypes if to_sum else self.out_dtypes, layout=self.layout
-        )
+    def plan(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        numbers: Coefficients,
+        *,
+        to_sum: bool = False,
+        reserved_bytes: int = 0,
+    ) -> Plan:
+        """Plan a combination of checkpoints (or of a running sum and checkpoints) into a soup or into a sum.
+
+        `reserved_bytes`: what of the budget a running sum takes.
+        """
+        out_dtypes = self.sum_dtypes if to_sum else self.out_dtypes
+        return self._plan(checkpoints, numbers, out_dtypes, self.layout, reserved_bytes)
 
     def _plan(
         self,
@@ -160,6 +168,7 @@ class Pool:
         numbers: Coefficients,
         out_dtypes: npt.NDArray[np.uint8] | None = None,
         layout: Layout | None = None,
+        reserved_bytes: int = 0,
     ) -> Plan:
         options = self.options
         return make_plan(
@@ -173,6 +182,7 @@ class Pool:
             workers=worker_count(options.workers, self.mode),
             staged=self.mode == "plain" or options.device != "cpu",
             ahead=self.mode == "ahead",
+            reserved_bytes=reserved_bytes,
         )
 
     def prepare(self) -> None:

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 MOST_READS = 2  # of any ingredient, beyond its own scoring
 
 
-def prefer_reread(
-    kept_bytes: Mapping[str, int],
-    reads: Mapping[str, int],
-    *,
-    sum_bytes: int,
-    sum_ready: bool,
-) -> bool:
-    """Choose for the next trial, from forecast bytes read and written.
+class ReadPlanner:
+    """Chooses for each trial, from forecast bytes read and written, between the running sum and the ingredients.
+
+    The choice depends on the trials before it alone, and not on what this process did of them: a run that is resumed
+    makes the same candidates, bit for bit, also where sums are rounded (float32).
 
     Parameters
     ----------
-    kept_bytes : mapping of path to int
-        Bytes of the ingredients in the current soup.
-    reads : mapping of path to int
-        How often each was read so far.
+    nbytes : mapping of path to int
+        Bytes of each ingredient.
     sum_bytes : int
         Of the running sum.
-    sum_ready : bool
-        Whether the sum is that of the current soup already.
-
-    Notes
-    -----
-    Reading again never makes an ingredient be read more than twice in all: with k ingredients kept and many trials that
-    would be the k reads a trial that running sums are there to avoid.
     """
-    if sum_ready:
-        return False
-    # One more read of each will be needed: for the sum of later trials, or for the soup that is written at the end.
-    if any(reads.get(path, 0) + 2 > MOST_READS for path in kept_bytes):
-        return False
-    again = sum(kept_bytes.values())
-    build_and_read = again + 2 * sum_bytes
-    return again < build_and_read
+
+    def __init__(self, nbytes: Mapping[str, int], sum_bytes: int) -> None:
+        self.reads: Counter[str] = Counter()
+        self._nbytes = nbytes
+        self._sum_bytes = sum_bytes
+        self._summed: tuple[str, ...] = ()
+
+    def reread(self, kept: Sequence[str], tried: str, *, may_reread: bool = True) -> bool:
+        """Whether to make the next candidate from its ingredients; counts what is read either way.
+
+        Parameters
+        ----------
+        kept : sequence of paths
+            The current soup.
+        tried : path
+        may_reread : bool
+            False where a candidate can be made from the sum only.
+
+        Notes
+        -----
+        Reading again never makes an ingredient be read more than twice in all: with k ingredients kept and many trials
+        that would be the k reads a trial that running sums are there to avoid.
+        """
+        members = tuple(kept)
+        new = [path for path in members if path not in self._summed]
+        grows = self._summed == members[: len(self._summed)]
+        to_sum = new if grows else list(members)
+        # Building: read what is not summed, and for each addition to a sum read and write that.
+        additions = len(to_sum) if grows and self._summed else min(1, len(to_sum))
+        build = sum(self._nbytes[p] for p in to_sum) + self._sum_bytes * additions * (1 if not self._summed else 2)
+        by_sum = build + self._sum_bytes
+        again = sum(self._nbytes[p] for p in members)
+        # One more read of each will be needed: for the sum of later trials, or for the soup that is written at the end.
+        allowed = may_reread and all(self.reads[p] + 2 <= MOST_READS for p in members) and bool(to_sum)
+        chosen = allowed and again < by_sum
+        for path in members if chosen else to_sum:
+            self.reads[path] += 1
+        if not chosen:
+            self._summed = members
+        self.reads[tried] += 1
+        return chosen

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamsoup.files import writing_to
 from streamsoup.score import Scores
 from streamsoup.sums import Member
 
@@ -86,9 +87,10 @@ class ScoreBook:
             "seconds": entry.seconds,
             "bytes_read": entry.bytes_read,
         }
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(fd, json.dumps(row).encode() + b"\n")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with writing_to(self.path):
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(fd, json.dumps(row).encode() + b"\n")
+                os.fsync(fd)
+            finally:
+                os.close(fd)

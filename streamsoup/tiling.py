@@ -34,6 +34,8 @@ class TileNeeds:
         Elements of the largest tensor.
     ahead : bool
         Whether maps are read ahead.
+    reserved_bytes : int
+        Owned all the time beside tiles: a running sum in memory.
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
@@ -46,6 +48,7 @@ class TileNeeds:
     staged: bool
     largest_elements: int
     ahead: bool = False
+    reserved_bytes: int = 0
     groupable: bool = True
 
 
@@ -64,6 +67,8 @@ class Tiling:
     slot_bytes : int
     readers : int
         Threads that bring bytes into slots or into the page cache, beside the workers; 0 where none are needed.
+    reserved_bytes : int
+        Owned all the time beside that: a running sum in memory.
     """
 
     workers: int
@@ -71,11 +76,13 @@ class Tiling:
     group: int
     slot_bytes: int
     readers: int = 0
+    reserved_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Projected bytes that the engine owns while it runs."""
-        return FIXED_BYTES + (self.workers + self.readers) * STACK_BYTES + self.workers * self.slot_bytes
+        threads = (self.workers + self.readers) * STACK_BYTES
+        return self.reserved_bytes + FIXED_BYTES + threads + self.workers * self.slot_bytes
 
 
 def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
@@ -132,4 +139,5 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
     # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
     readers = 0 if workers == 1 else READERS if needs.staged else AHEAD_READERS if needs.ahead else 0
-    return Tiling(workers, tile_elements, group, slot_bytes(needs, tile_elements, group), readers)
+    slot = slot_bytes(needs, tile_elements, group)
+    return Tiling(workers, tile_elements, group, slot, readers, needs.reserved_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,7 @@ def test_what_an_earlier_process_left_is_made_whole(tmp_path, left):
     whole = running.candidate(runs[1]).write(tmp_path / "whole")
     out = tmp_path / "out"
     out.mkdir()
+    (out / ".streamsoup-candidate").touch()  # comes first
     first = sorted(whole.glob("*.safetensors"))[0]
     if left == "half a set":
         (out / first.name).write_bytes(first.read_bytes()[:100])
@@ -300,6 +302,15 @@ def test_what_an_earlier_process_left_is_made_whole(tmp_path, left):
         assert (out / "model.safetensors").exists()
     running.candidate(runs[1]).write(out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_a_folder_with_files_that_are_no_candidates_is_refused(tmp_path):
+    runs = sharded(tmp_path / "runs", shards=2)
+    running = streamsoup.RunningSoup(runs, budget_bytes=1 << 27).add(runs[0])
+    before = {p.name: p.read_bytes() for p in Path(runs[1]).iterdir()}
+    with pytest.raises(streamsoup.StreamsoupError, match=r"no candidate's.*new folder"):
+        running.candidate(runs[1]).write(runs[1])
+    assert {p.name: p.read_bytes() for p in Path(runs[1]).iterdir()} == before
 
 
 def test_writing_allocates_nothing_the_second_time(running, tmp_path, monkeypatch):

@@ -1,74 +1,56 @@
-"""Reading the kept few again: only where it is cheaper, and never a third time."""
+"""Reading the kept few again: only where it is cheaper, never a third time, and whatever a process did before."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsoup.reread import MOST_READS, prefer_reread
+from streamsoup.reread import MOST_READS, ReadPlanner
 
-KEPT = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 1000), min_size=1)
-READS = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 3))
-NUMBER = st.integers(0, 10_000)
+NBYTES = {str(i): 10 for i in range(30)}
 
 
-@given(kept=KEPT, reads=READS, sum_bytes=NUMBER)
-def test_a_sum_that_is_ready_is_always_used(kept, reads, sum_bytes):
-    assert not prefer_reread(kept, reads, sum_bytes=sum_bytes, sum_ready=True)
+def play(accepted, sum_bytes=40):
+    """A greedy run in small; returns the choices and the planner."""
+    planner, kept, choices = ReadPlanner(NBYTES, sum_bytes), ["0"], []
+    for number, accept in enumerate(accepted, 1):
+        choices.append(planner.reread(kept, str(number)))
+        if accept:
+            kept.append(str(number))
+    return choices, planner, kept
 
 
-@given(kept=KEPT, reads=READS, sum_bytes=NUMBER)
-def test_nothing_is_read_a_third_time_now_or_when_the_sum_is_built_later(kept, reads, sum_bytes):
-    if prefer_reread(kept, reads, sum_bytes=sum_bytes, sum_ready=False):
-        assert max(reads.get(path, 0) for path in kept) + 2 <= MOST_READS
+@given(accepted=st.lists(st.booleans(), min_size=1, max_size=20), sum_bytes=st.integers(0, 1000))
+def test_whatever_is_accepted_nothing_is_read_a_third_time(accepted, sum_bytes):
+    _, planner, kept = play(accepted, sum_bytes)
+    # The soup at the end: what the sum lacks is read once more.
+    last = {path: planner.reads[path] + (path not in planner._summed) for path in kept}
+    assert max(last.values()) <= MOST_READS
+    assert max(planner.reads.values()) <= MOST_READS
 
 
-@given(kept=KEPT, reads=READS, sum_bytes=NUMBER)
-def test_it_is_chosen_only_where_fewer_bytes_move(kept, reads, sum_bytes):
-    if prefer_reread(kept, reads, sum_bytes=sum_bytes, sum_ready=False):
-        assert sum(kept.values()) < sum(kept.values()) + 2 * sum_bytes
+@given(accepted=st.lists(st.booleans(), min_size=2, max_size=20))
+def test_a_run_that_goes_on_chooses_what_it_chose(accepted):
+    whole, _, _ = play(accepted)
+    part, _, _ = play(accepted[:-1])
+    assert whole[:-1] == part
 
 
-@given(kept=KEPT, reads=READS, sum_bytes=NUMBER)
-def test_more_reads_never_make_it_more_attractive(kept, reads, sum_bytes):
-    def chosen(reads):
-        return prefer_reread(kept, reads, sum_bytes=sum_bytes, sum_ready=False)
-
-    assert chosen(reads) or not chosen({path: reads.get(path, 0) + 1 for path in kept})
-
-
-def test_ingredients_that_were_tried_and_rejected_do_not_count():
-    assert prefer_reread({"a": 10}, {"b": 9}, sum_bytes=40, sum_ready=False)
+def test_the_first_trial_reads_both_and_builds_no_sum_and_a_sum_that_is_there_is_used():
+    assert play([False, False, True, False])[0] == [True, False, False, False]
 
 
 def test_a_sum_of_nothing_is_not_cheaper_to_avoid():
-    assert not prefer_reread({"a": 10}, {}, sum_bytes=0, sum_ready=False)
+    assert not ReadPlanner({"a": 10, "b": 10}, 0).reread(["a"], "b")
 
 
-@given(accepted=st.lists(st.booleans(), min_size=1, max_size=20))
-def test_whatever_is_accepted_a_greedy_run_reads_nothing_a_third_time(accepted):
-    """The loop in small: trials, lazily built sums, and the soup at the end."""
-    reads, kept, summed = {}, ["0"], []
+def test_where_only_the_sum_will_do_it_is_used():
+    assert not ReadPlanner(NBYTES, 40).reread(["0"], "1", may_reread=False)
 
-    def read(path):
-        reads[path] = reads.get(path, 0) + 1
 
-    def bring():
-        if summed == kept:
-            return
-        for path in kept[-1:] if summed and summed == kept[:-1] else kept:
-            read(path)
-        summed[:] = kept
-
-    for number, accept in enumerate(accepted, 1):
-        sizes = dict.fromkeys(kept, 10)
-        if prefer_reread(sizes, reads, sum_bytes=40, sum_ready=summed == kept):
-            for path in kept:
-                read(path)
-        else:
-            bring()
-        read(str(number))
-        if accept:
-            kept.append(str(number))
-    bring()
-    assert max(reads.values()) <= MOST_READS
+def test_what_is_dropped_makes_the_sum_be_built_anew():
+    planner = ReadPlanner(NBYTES, 40)
+    planner.reread(["0", "1", "2"], "2", may_reread=False)
+    assert planner.reads == {"0": 1, "1": 1, "2": 2}
+    planner.reread(["0", "2"], "1")
+    assert planner.reads == {"0": 2, "1": 2, "2": 3}

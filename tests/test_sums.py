@@ -13,7 +13,8 @@ import zarr
 from factory import any_bits, fine_tunes, read_checkpoint, realistic, same_bits, write_checkpoint
 
 import streamsoup
-from streamsoup.errors import BudgetError, RecipeError, ResumeError
+from streamsoup.errors import BudgetError, DestinationError, RecipeError, ResumeError
+from streamsoup.pool import Pool, PoolOptions
 from streamsoup.sums import Member, merge
 from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
 
@@ -162,16 +163,78 @@ def test_a_fold_that_fails_leaves_the_last_generation_whole(tmp_path, monkeypatc
     assert len(list((tmp_path / "sums").glob("gen-*"))) <= 2
 
 
-def test_a_sum_in_memory_that_was_half_written_is_not_read(tmp_path, monkeypatch):
-    runs = fine_tunes(tmp_path / "runs", 2)
-    running = streamsoup.RunningSoup(runs, budget_bytes=BUDGET).add(runs[0])
-    shutil.rmtree(runs[1])
+@pytest.mark.parametrize("sums_dtype", ["float64", "float32"])
+@pytest.mark.parametrize("place", ["memory", "folder"])
+@pytest.mark.parametrize("failing", ["add", "rebuild"])
+def test_after_a_failure_half_way_the_members_are_those_before_and_the_sum_is_made_anew(
+    tmp_path, monkeypatch, place, failing, sums_dtype
+):
+    runs = fine_tunes(tmp_path / "runs", 4)
+    folder = None if place == "memory" else tmp_path / "sums"
+    running = streamsoup.RunningSoup(runs, folder=folder, budget_bytes=BUDGET, sums_dtype=sums_dtype)
+    running.add(runs[0]).add(runs[1])
+    gone = tmp_path / "gone"
+    Path(runs[2]).rename(gone)
+
+    def fail():
+        return running.add(runs[2]) if failing == "add" else running.rebuild(others)
+
+    others = merge(merge((), runs[3], 1.0), runs[2], 1.0)
     with pytest.raises(streamsoup.StreamsoupError):
-        running.add(runs[1])
-    with pytest.raises(streamsoup.StreamsoupError, match="incomplete"):
-        running.mean().write(tmp_path / "out")
-    running.rebuild(running.members)
+        fail()
+    assert [m.path for m in running.members] == runs[:2]
+    gone.rename(runs[2])
     assert mean_equals_soup(running, tmp_path)
+    running.add(runs[2])
+    assert [m.path for m in running.members] == runs[:3]
+    assert mean_equals_soup(running, tmp_path)
+
+
+def test_a_float32_sum_made_anew_has_the_bits_of_one_that_grew(tmp_path):
+    paths = written(tmp_path, *(np.random.default_rng(i).standard_normal(5000).astype(np.float32) for i in range(5)))
+    grown = streamsoup.RunningSoup(paths, budget_bytes=BUDGET, sums_dtype="float32")
+    for path in paths[:4]:
+        grown.add(path)
+    anew = streamsoup.RunningSoup(paths, budget_bytes=BUDGET, sums_dtype="float32").rebuild(grown.members)
+    one, other = (soup.candidate(paths[4]).tensors()["w"].numpy().tobytes() for soup in (grown, anew))
+    assert one == other
+
+
+def test_a_saved_sum_is_taken_up_elsewhere_and_a_sum_that_lies_there_is_not_overwritten(tmp_path):
+    runs = fine_tunes(tmp_path / "runs", 3)
+    running = streamsoup.RunningSoup(runs, budget_bytes=BUDGET)
+    with pytest.raises(RecipeError, match="empty"):
+        running.save(tmp_path / "sums")
+    running.add(runs[0]).add(runs[2], 2.0).save(tmp_path / "sums")
+    with streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=BUDGET) as again:
+        assert again.members == running.members
+        assert again.bytes_read == 0
+        assert mean_equals_soup(again.add(runs[1]), tmp_path)
+    for refused in (
+        lambda: running.save(tmp_path / "sums"),
+        lambda: streamsoup.RunningSoup(runs, folder=tmp_path / "sums"),
+    ):
+        with pytest.raises(DestinationError, match="already"):
+            refused()
+    assert mean_equals_soup(running, tmp_path)
+
+
+def test_two_sums_of_one_process_or_another_do_not_share_a_folder(tmp_path):
+    runs = fine_tunes(tmp_path / "runs", 2)
+    one = streamsoup.RunningSoup(runs, folder=tmp_path / "sums", budget_bytes=BUDGET)
+    with pytest.raises(ResumeError, match="at work"):
+        streamsoup.RunningSoup(runs, folder=tmp_path / "sums", budget_bytes=BUDGET)
+    one.close()
+    streamsoup.RunningSoup(runs, folder=tmp_path / "sums", budget_bytes=BUDGET).close()
+
+
+def test_two_sums_in_memory_may_share_a_pool(tmp_path):
+    runs = fine_tunes(tmp_path / "runs", 2)
+    pool = Pool(runs, PoolOptions(budget_bytes=BUDGET))
+    sums = [streamsoup.RunningSoup(runs, pool=pool).add(run) for run in runs]
+    assert pool.budget_bytes == sums[0].pool.budget_bytes
+    assert all(mean_equals_soup(running, tmp_path) for running in sums)
+    assert sums[0].mean().plan.projected_peak_bytes >= pool.sum_bytes
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
@@ -336,6 +399,7 @@ def test_stock_zarr_reads_several_chunks_and_every_tensor(tmp_path, wide):
     assert arrays_of["s"][:].sum() == 1.5 + 0.5 * 2.5
     assert 4 << 20 <= np.prod(arrays_of["a.b/c"].chunks) * 8 <= 16 << 20
     assert mean_equals_its(running, arrays, tmp_path)
+    running.close()
     # With another budget tiles are smaller.
     assert mean_equals_its(
         streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=40 << 20, workers=1, dtype="float32"),
@@ -405,6 +469,7 @@ def test_an_unfinished_generation_never_touches_the_old_one(tmp_path, monkeypatc
         with pytest.raises(OSError, match="gone"):
             running.add(runs[3])
     assert snapshot(newest) == before
+    running.close()
     again = streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=BUDGET)
     assert [m.path for m in again.members] == runs[:3]
     assert mean_equals_soup(again, tmp_path)
@@ -455,6 +520,8 @@ def test_an_opened_sum_goes_on_as_if_it_had_never_been_closed(tmp_path):
         for running in (one, other):
             getattr(running, change)(path)
         assert other.members == one.members
+        if step < 8:
+            other.close()
     one.mean().write(tmp_path / "a")
     other.mean().write(tmp_path / "b")
     assert same_bits(read_checkpoint(tmp_path / "a"), read_checkpoint(tmp_path / "b"))
@@ -466,6 +533,7 @@ def test_a_sum_may_be_opened_with_the_ingredients_it_was_made_for(tmp_path):
     runs = [str(write_checkpoint(tmp_path / f"run{i}", {"w": realistic(i, {"w": (50,)})["w"]})) for i in range(2)]
     running = streamsoup.RunningSoup([first, *runs], folder=tmp_path / "sums", budget_bytes=BUDGET)
     running.add(runs[0]).add(runs[1]).mean().write(tmp_path / "a")
+    running.close()
     streamsoup.RunningSoup.open(tmp_path / "sums", budget_bytes=BUDGET).mean().write(tmp_path / "b")
     assert same_bits(read_checkpoint(tmp_path / "a"), read_checkpoint(tmp_path / "b"))
 
@@ -485,6 +553,7 @@ def test_no_tensor_name_leads_out_of_the_folder(tmp_path, name):
         pass  # a refusal in our words does, too
     else:
         assert mean_equals_soup(running, tmp_path)
+        running.close()
         assert streamsoup.RunningSoup.open(folder, budget_bytes=BUDGET).members == running.members
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["sums"]
     assert all(p.name.startswith("gen-") for p in folder.iterdir())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
 from streamsoup.cli.progress import make_progress
-from streamsoup.units import format_binary, format_bytes, format_seconds
+from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
@@ -111,8 +111,11 @@ def run(args: argparse.Namespace) -> int:
         if args.resume:
             _refuse_more(args)
             folder = Path(args.resume)
-            result = resume_greedy(folder, on_trial=table, on_score=table.alone, progress=progress)
-            owned = False
+            result = resume_greedy(
+                folder, on_trial=table, on_score=table.alone, progress=progress, **_making_options(args)
+            )
+            # The default name: nobody asked for it.
+            owned = result.path is not None and os.path.abspath(folder) == f"{result.path}.work"
         else:
             job = _job(args)
             if args.dry_run:
@@ -129,7 +132,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 # What may be given with --resume: it changes nothing that is decided.
-_WITH_RESUME = {"command", "resume", "plot", "json", "quiet", "debug", "run", "guarded", "on_death"}
+_WITH_RESUME = {
+    *("budget", "candidates", "device", "nonfinite", "overwrite", "read", "score_timeout", "threads"),
+    *("command", "resume", "plot", "json", "quiet", "debug", "run", "guarded", "on_death"),
+}
+
+
+def _making_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options that decide nothing; None where not given."""
+    return {
+        "budget_bytes": args.budget and parse_bytes(args.budget),
+        "candidates": args.candidates and os.path.abspath(args.candidates),
+        "device": args.device,
+        "nonfinite": args.nonfinite,
+        "overwrite": args.overwrite or None,
+        "read_mode": args.read,
+        "timeout_seconds": args.score_timeout,
+        "workers": args.threads,
+    }
 
 
 def _refuse_more(args: argparse.Namespace) -> None:
@@ -185,9 +205,6 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         "metric": args.metric,
         "also": tuple(args.also or ()),
         "minimize": args.minimize,
-        "timeout_seconds": args.score_timeout,
-        "candidates": args.candidates and os.path.abspath(args.candidates),
-        "overwrite": args.overwrite,
         "accept": args.accept,
         "tolerance": args.tolerance,
         "seed": args.seed,
@@ -200,11 +217,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         "sums": args.sums,
         "shard_bytes": args.shard_size,
         "buffers": args.buffers,
-        "nonfinite": args.nonfinite,
-        "budget_bytes": args.budget,
-        "device": args.device,
-        "workers": args.threads,
-        "read_mode": args.read,
+        **_making_options(args),
     }
     # Absolute, so that the run can be resumed from anywhere.
     return make_job(

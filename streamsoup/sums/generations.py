@@ -31,7 +31,7 @@ from streamsoup.backends.protocol import Backend
 from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DType
 from streamsoup.errors import IngredientReadError
-from streamsoup.files import write_durably
+from streamsoup.files import pwrite_all, write_durably, writing_to
 from streamsoup.maps import address_of
 from streamsoup.open_files import OpenFiles
 from streamsoup.read import Source
@@ -81,6 +81,8 @@ class GenerationStore(Sink):
     like : str
         Path of the ingredient that gives names and dtypes, to be found again.
     """
+
+    in_place = False
 
     def __init__(
         self,
@@ -180,10 +182,11 @@ class GenerationStore(Sink):
                 self._number
             ):  # with the new one there are two on disk, never three
                 shutil.rmtree(path)
-        for tensor in np.flatnonzero(self._averaged).tolist():
-            folder = self._next / self._names[tensor]
-            (folder / "c").mkdir(parents=True)
-            (folder / "zarr.json").write_text(self._array_metadata(tensor), encoding="utf-8")
+        with writing_to(self._next):
+            for tensor in np.flatnonzero(self._averaged).tolist():
+                folder = self._next / self._names[tensor]
+                (folder / "c").mkdir(parents=True)
+                (folder / "zarr.json").write_text(self._array_metadata(tensor), encoding="utf-8")
         self._digests = {}
         return self
 
@@ -224,14 +227,14 @@ class GenerationStore(Sink):
         name = self._names[tensor]
         chunk, inside = divmod(offset, self._chunk_bytes)
         full = min(self._chunk_bytes, self._sizes[tensor])
-        fd = os.open(self._next / name / "c" / str(chunk), os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            os.ftruncate(fd, full)  # zarr pads the last chunk to the size of all
-            done = 0
-            while done < len(buffer):
-                done += os.pwrite(fd, buffer[done:], inside + done)
-        finally:
-            os.close(fd)
+        path = self._next / name / "c" / str(chunk)
+        with writing_to(path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(fd, full)  # zarr pads the last chunk to the size of all
+                pwrite_all(fd, buffer, inside)
+            finally:
+                os.close(fd)
         address = address_of(buffer)
         itemsize = self._dtype.itemsize
         digest = self._backend.digest(address, len(buffer), itemsize, offset // itemsize // BLOCK_ELEMENTS)

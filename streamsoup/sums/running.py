@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import Checkpoint, identify, identity_key, identity_to_json
 from streamsoup.engine import Outcome
-from streamsoup.errors import BudgetError, ChangedIngredientError, RecipeError, ResumeError
+from streamsoup.errors import BudgetError, ChangedIngredientError, DestinationError, RecipeError, ResumeError
+from streamsoup.files import lock_folder
 from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
 from streamsoup.open_files import OpenFiles
@@ -51,6 +54,8 @@ class RunningSoup:
         The first gives names, dtypes and configuration files; nothing is added yet.
     folder : path, optional
         Keep the sum there, as a zarr store; by default it is in memory, and counts against the budget.
+    existing : bool
+        Take up a sum that lies in the folder, where it fits, instead of refusing the folder.
     only_grows : bool
         Nothing will be removed or added twice, so that nothing need be measured for it. If it is all the same, the sum
         is made anew.
@@ -71,6 +76,10 @@ class RunningSoup:
     ------
     BudgetError
         If the sum fits neither the budget nor a folder was given.
+    DestinationError
+        If the folder holds a sum already.
+    ResumeError
+        If another process is at work in the folder.
     """
 
     def __init__(
@@ -79,13 +88,17 @@ class RunningSoup:
         *,
         folder: str | Path | None = None,
         pool: Pool | None = None,
+        existing: bool = False,
         only_grows: bool = False,
         **options: Any,
     ) -> None:
         paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
         self.pool = pool or Pool(paths, PoolOptions(**options))
         self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
-        self._store = self._make_store(folder)
+        self._reserved_bytes = 0
+        self._give_back: Callable[[], object] | None = None
+        self._store = self._make_store(folder, existing=existing)
+        self._in_store: tuple[Member, ...] | None = ()  # what it is the sum of; None after a failure half-way
         self._measures = not only_grows or self.pool.sum_dtype.name != "SUM64"
         self._extents: dict[str, Extent] = {}
         self._entered: dict[str, Entered] = {}
@@ -98,7 +111,7 @@ class RunningSoup:
         self.rebuilt = 0
         self.furnished: set[Path] = set()  # folders with configuration files, for candidates
 
-    def _make_store(self, folder: str | Path | None) -> SumStore:
+    def _make_store(self, folder: str | Path | None, *, existing: bool) -> SumStore:
         pool = self.pool
         if folder is None and not pool.sum_fits:
             raise BudgetError(
@@ -107,13 +120,52 @@ class RunningSoup:
                 least_bytes=2 * pool.sum_bytes,
             )
         if folder is None:
-            pool.budget_bytes -= pool.sum_bytes
+            self._reserved_bytes = pool.sum_bytes
             return MemoryStore(self._sum.table, pool.averaged)
         # A tile of the sum is read into a buffer for each worker.
-        pool.budget_bytes -= min(pool.budget_bytes // 2, 2 * CHUNK_BYTES)
-        return GenerationStore(
+        self._reserved_bytes = min(pool.budget_bytes // 2, 2 * CHUNK_BYTES)
+        if not existing and GenerationStore.members_in(Path(folder)):
+            raise DestinationError(
+                f"{folder}: holds a running sum already. Go on with it by RunningSoup.open, or choose another folder."
+            )
+        store = GenerationStore(
             Path(folder), self._sum.table, pool.averaged, pool.sum_dtype, pool.backend, like=pool.first.path
         )
+        self._give_back = weakref.finalize(self, os.close, lock_folder(Path(folder)))
+        return store
+
+    def close(self) -> None:
+        """Give the folder back to other processes; the sum must not be used afterwards."""
+        if self._give_back is not None:
+            self._give_back()
+
+    def __enter__(self) -> RunningSoup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def plan(self, operands: Sequence[Checkpoint], numbers: Coefficients, *, to_sum: bool = False) -> Plan:
+        """Plan a combination of the sum and ingredients, beside the memory that the sum takes."""
+        return self.pool.plan(operands, numbers, to_sum=to_sum, reserved_bytes=self._reserved_bytes)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the sum into a folder, from which `open` takes it up.
+
+        Raises
+        ------
+        RecipeError
+            If nothing was added.
+        DestinationError
+            If the folder holds a sum already.
+        """
+        if not self.members:
+            raise RecipeError("The running soup is empty. Add an ingredient first.")
+        with RunningSoup([self.pool.first.path], folder=folder, pool=self.pool) as copy:
+            plan = self.plan((self._sum,), Coefficients((1.0,)), to_sum=True)
+            with self.sources((self._sum,)) as sources:
+                self.pool.run(plan, sources, copy._store.begin())
+            copy._store.commit(self._rows(self.members), self.content_digests)
 
     @property
     def weight(self) -> float:
@@ -194,6 +246,7 @@ class RunningSoup:
             entered[name] = entered[name].also(*weights) if name in entered else Entered.of(*weights)
         if self.members and not new and not self._commutes(entered):
             return self.rebuild(members)
+        self._repair()
         checkpoint = self.pool.open(path)
         if self.members:
             operands: tuple[Checkpoint, ...] = (self._sum, checkpoint)
@@ -210,26 +263,49 @@ class RunningSoup:
 
     def rebuild(self, members: tuple[Member, ...]) -> RunningSoup:
         """Make the sum anew from its members: each is read once."""
-        self.members, self._entered = (), {}
-        if members:
-            checkpoints = tuple(self.pool.open(m.path) for m in members)
-            self._fold(checkpoints, Coefficients(tuple(m.weight for m in members)), members)
-            self._entered = {m.path: Entered.of(m.weight) for m in members}
-            self.rebuilt += 1
+        if not members:
+            self.members, self._in_store, self._entered = (), (), {}
+            return self
+        # A float32 sum is rounded at each addition: it has to go the way it went when its members came one by one.
+        steps = range(1, len(members) + 1) if self.pool.sum_dtype.name == "SUM32" else [len(members)]
+        before, done = self.members, 0
+        try:
+            for stop in steps:
+                more = members[done:stop]
+                operands: list[Checkpoint] = [self.pool.open(m.path) for m in more]
+                weights = [m.weight for m in more]
+                if done:
+                    operands, weights = [self._sum, *operands], [1.0, *weights]
+                self._fold(tuple(operands), Coefficients(tuple(weights)), members[:stop])
+                done = stop
+        except BaseException:
+            self.members = before
+            raise
+        self._entered = {m.path: Entered.of(m.weight) for m in members}
+        self.rebuilt += 1
         return self
 
+    def _repair(self) -> None:
+        """Make the sum anew if a failure left it half-written, or the sum of something else."""
+        if self._in_store != self.members:
+            self.rebuild(self.members)
+
     def _fold(self, operands: tuple[Checkpoint, ...], numbers: Coefficients, members: tuple[Member, ...]) -> None:
-        plan = self.pool.plan(operands, numbers, to_sum=True)
+        plan = self.plan(operands, numbers, to_sum=True)
         with self.sources(operands, measure=self._measures) as sources:
             sink = self._store.begin()
+            if self._store.in_place:
+                self._in_store = None
             outcome = self.pool.run(plan, sources, sink)
         for source, operand in zip(sources, operands, strict=True):
             if isinstance(source, MeasuringSource):
                 self._extents[operand.path] = source.extent
         self.count(plan, outcome)
-        rows = [(m.path, m.weight, self._key(m.path)) for m in members]
-        self._store.commit(rows, self.content_digests)
-        self.members = members
+        self._store.commit(self._rows(members), self.content_digests)
+        self.members = self._in_store = members
+
+    def _rows(self, members: Sequence[Member]) -> list[tuple[str, float, str]]:
+        return [(m.path, m.weight, self._key(m.path)) for m in members]
 
     def count(self, plan: Plan, outcome: Outcome) -> None:
         """Count what was read and written, and note who the ingredients were."""
@@ -246,17 +322,19 @@ class RunningSoup:
     @contextlib.contextmanager
     def sources(self, operands: Sequence[Checkpoint], *, measure: bool = False) -> Iterator[list[Source]]:
         """Open the bytes of ingredients and of the sum."""
+        if any(operand is self._sum for operand in operands):
+            self._repair()
         files = OpenFiles()
         sources: list[Source] = []
         opened: list[Source] = []
         try:
             for operand in operands:
                 if operand is self._sum:
-                    buffers = open_source(self.pool.first, self.pool.mode, files)
+                    buffers = open_source(self.pool.first, self.pool.mode, files, beside=len(operands))
                     opened.append(buffers)
                     sources.append(WithBuffers(self._store.source(), buffers, self.pool.averaged))
                 else:
-                    source = open_source(operand, self.pool.mode, files)
+                    source = open_source(operand, self.pool.mode, files, beside=len(operands))
                     sources.append(MeasuringSource(source, operand.table) if measure else source)
             opened += sources
             yield sources
@@ -276,12 +354,12 @@ class RunningSoup:
         store = self._store
         if not isinstance(store, GenerationStore):
             return False
-        if store.members != [[m.path, m.weight, self._key(m.path)] for m in members]:
+        if store.members != [list(row) for row in self._rows(members)]:
             return False
         if not store.verify():
             return False
         self.content_digests |= store.content_digests
-        self.members = members
+        self.members = self._in_store = members
         self._entered = {m.path: Entered.of(m.weight) for m in members}
         return True
 
@@ -300,7 +378,7 @@ class RunningSoup:
             raise ResumeError(f"{folder}: holds no running sum. Name the folder that was given to RunningSoup.")
         like = GenerationStore.like_in(Path(folder)) or members[0].path
         paths = dict.fromkeys([like, *(m.path for m in members)])
-        running = RunningSoup(list(paths), folder=folder, **options)
+        running = RunningSoup(list(paths), folder=folder, existing=True, **options)
         for path, _, key in rows:
             if running._key(path) != key:
                 raise ChangedIngredientError(

@@ -40,7 +40,16 @@ def sum_checkpoint(like: Checkpoint, dtypes: npt.NDArray[np.uint8]) -> SumCheckp
 
 
 class SumStore(Protocol):
-    """Keeps one sum, and takes the next."""
+    """Keeps one sum, and takes the next.
+
+    Attributes
+    ----------
+    in_place : bool
+        Whether the next sum is written over the current one.
+    """
+
+    @property
+    def in_place(self) -> bool: ...
 
     def source(self) -> Source:
         """Return the bytes of the current sum, as an ingredient's."""
@@ -60,6 +69,8 @@ class MemoryStore(Source, Sink):
 
     If a run fails half-way, the sum is neither old nor new, and reading it is an error until it is made anew.
     """
+
+    in_place = True
 
     def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_]) -> None:
         sizes = np.where(averaged, table.nbytes, 0)
