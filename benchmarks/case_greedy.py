@@ -17,6 +17,7 @@ ACCEPTED = [i % 2 == 0 for i in range(15)]
 
 _GREEDY = """
 import sys, json, time
+import safetensors
 import torch
 import streamsoup
 paths, out = sys.argv[2:], sys.argv[1]
@@ -32,8 +33,8 @@ class Live(torch.nn.Module):
         return self.tensors
 
 
-first = streamsoup.RunningSoup(paths[0], budget_bytes="8GiB").alone(paths[0]).tensors()
-live = Live({name: torch.empty_like(tensor) for name, tensor in first.items()})
+with safetensors.safe_open(paths[0] + "/model.safetensors", "pt") as first:
+    live = Live({name: torch.empty(first.get_slice(name).get_shape(), dtype=torch.bfloat16) for name in first.keys()})
 answers = iter(json.loads(sys.stdin.read()))
 state = {"best": 1.0}
 def score(candidate):
