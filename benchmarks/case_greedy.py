@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import run_process, warm
+from measure import Run, run_process, summary, warm
 from synthetic import make_checkpoints
 
 HERE = Path(__file__).resolve().parent
@@ -60,45 +60,42 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     script.write_text(_GREEDY.replace("sys.stdin.read()", repr(json.dumps(ACCEPTED))), encoding="utf-8")
     out = folder / "soup"
     command = [sys.executable, str(script), str(out), *map(str, paths)]
-    ours = []
+    scores = ",".join("1" if a else "0" for a in ACCEPTED)
+    target = folder / "loop.safetensors"
+    loop = [sys.executable, str(HERE / "torch_loops.py")]
+    rest = [str(target), *map(str, paths), "--scores", scores]
+    runs: dict[str, list[Run]] = {"ours": [], "greedy-update": [], "greedy-reload": []}
     for _ in range(max(1, repeats // 2)):
-        ours.append(run_process(command))
+        runs["ours"].append(run_process(command))
         for path in folder.glob("soup*"):
             shutil.rmtree(path)
-    scores = ",".join("1" if a else "0" for a in ACCEPTED)
-    rows = {}
-    for loop in ("greedy-update", "greedy-reload"):
-        target = folder / "loop.safetensors"
-        done = run_process(
-            [sys.executable, str(HERE / "torch_loops.py"), loop, str(target), *map(str, paths), "--scores", scores]
-        )
-        target.unlink()
-        rows[loop] = {"process_seconds": done.seconds, "owned": done.owned_bytes, "resident": done.resident_bytes}
-    best = min(ours, key=lambda r: r.seconds)
-    return {
-        "cache": "warm",
-        "ours": {
-            **json.loads(best.output),
-            "process_seconds": sorted(r.seconds for r in ours)[len(ours) // 2],
-            "owned": max(r.owned_bytes for r in ours),
-            "resident": max(r.resident_bytes for r in ours),
-        },
-        **rows,
-    }
+        for name in ("greedy-update", "greedy-reload"):
+            runs[name].append(run_process([*loop, name, *rest]))
+            target.unlink()
+    figures: dict[str, Any] = {"cache": "warm"}
+    for name, done in runs.items():
+        figures[name] = {
+            "process_seconds": summary([run.seconds for run in done]),
+            "owned": max(run.owned_bytes for run in done),
+            "resident": max(run.resident_bytes for run in done),
+        }
+    figures["ours"] |= json.loads(runs["ours"][0].output)
+    return figures
 
 
 def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows to read."""
     ours = figures["ours"]
-    rows = [("ours, whole process", f"{ours['process_seconds']:.1f} s, {_memory(ours)}, kept {ours['kept']}, "
+    rows = [("ours, whole process", f"{ours['process_seconds']['median']:.1f} s, {_memory(ours)}, kept {ours['kept']}, "
              f"each ingredient read at most {ours['reads']} times")]  # fmt: skip
     for name, label in (
         ("greedy-reload", "reload all kept for each candidate (at least 10)"),
         ("greedy-update", "incremental update in bfloat16"),
     ):
         found = figures[name]
-        ratio = found["process_seconds"] / ours["process_seconds"]
-        rows.append((label, f"{found['process_seconds']:.1f} s = {ratio:.1f} x ours, {_memory(found)}"))
+        seconds = found["process_seconds"]["median"]
+        ratio = seconds / ours["process_seconds"]["median"]
+        rows.append((label, f"{seconds:.1f} s = {ratio:.1f} x ours, {_memory(found)}"))
     return rows
 
 
