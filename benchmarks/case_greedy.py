@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import Run, run_process, summary, warm
-from synthetic import make_checkpoints
+from measure import Run, run_process, summary
+
+from streamsoup.bench.machine import warm
+from streamsoup.bench.synthetic import make_checkpoints
 
 HERE = Path(__file__).resolve().parent
 # Accepted and rejected in turn: 8 of 16 kept.

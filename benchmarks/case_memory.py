@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import run_process
-from synthetic import make_checkpoints
+
+from streamsoup.bench.synthetic import make_checkpoints
 
 BUDGET = 256 * 2**20
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import drop, run_process, summary
-from synthetic import make_checkpoints
+from measure import run_process, summary
+
+from streamsoup.bench.machine import drop
+from streamsoup.bench.synthetic import make_checkpoints
 
 HERE = Path(__file__).resolve().parent
 MODES = ("buffered", "dontcache", "direct")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import run_process, summary
-from synthetic import make_checkpoints
+
+from streamsoup.bench.synthetic import make_checkpoints
 
 
 def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""Run whole processes, time them, sample their memory; warm and drop caches; say what the machine is."""
+"""Run whole processes, time them, and sample their memory."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import statistics
 import subprocess
 import threading
@@ -14,10 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
-
-from streamsoup.maps import FileMap
 
 SAMPLE_SECONDS = 0.01
 
@@ -68,38 +62,6 @@ def _memory(pid: int) -> tuple[int, int]:
     return owned, resident
 
 
-def warm(files: Sequence[Path]) -> None:
-    """Read files into the page cache."""
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            while file.read(16 << 20):
-                pass
-    if resident_share(files) < 0.99:
-        raise SystemExit("The files do not stay in the page cache: there is too little memory for this case.")
-
-
-def drop(files: Sequence[Path]) -> None:
-    """Drop files from the page cache."""
-    os.sync()
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-    if resident_share(files) > 0.01:
-        raise SystemExit("The files stay in the page cache: this file system cannot be measured cold.")
-
-
-def resident_share(files: Sequence[Path]) -> float:
-    """Share of the files' bytes that are in the page cache."""
-    shares = []
-    for path in files:
-        with contextlib.closing(FileMap(str(path), path.stat().st_size)) as mapped:
-            shares.append(float(mapped.resident_shares(1 << 20).mean()))
-    return statistics.mean(shares)
-
-
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, extremes and all samples."""
     return {
@@ -107,20 +69,4 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
         "min": min(values),
         "max": max(values),
         "samples": list(values),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Facts that figures depend on."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    names = ("streamsoup", "numpy", "numba", "torch", "safetensors")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "kernel": platform.release(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
     }

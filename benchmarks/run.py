@@ -15,7 +15,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from measure import machine
+from streamsoup.bench.machine import machine_facts
 
 CASES = ("soup_warm", "soup_cold", "memory", "planning", "startup", "greedy")
 HERE = Path(__file__).resolve().parent
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small files: does it work at all?")
     args = parser.parse_args()
     name = args.case.replace("-", "_")
-    before = machine()
+    before = machine_facts()
     with tempfile.TemporaryDirectory(prefix="streamsoup-bench-", dir=args.dir) as folder:
         case = importlib.import_module(f"case_{name}")
         figures = case.run(Path(folder), repeats=args.repeats, small=args.small)
@@ -39,7 +39,7 @@ def main() -> None:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "small": args.small,
         "machine": before,
-        "load_average_after": machine()["load_average"],
+        "load_average_after": machine_facts()["load_average"],
         "figures": figures,
     }
     for label, value in case.table(figures):

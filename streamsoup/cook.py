@@ -321,6 +321,7 @@ class _Cook:
             metadata_bytes=plan.metadata_bytes,
             read_mode=self.mode,
             device=self.backend.name,
+            workers=plan.tiling.workers,
             stage_seconds=stages,
             limited_by=max(waited, key=lambda stage: waited[stage]),
             content_digests=digests,

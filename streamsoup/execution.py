@@ -69,6 +69,8 @@ class SoupResult:
     metadata_bytes : int
         The plan's own part, projected.
     read_mode, device : str
+    workers : int
+        Threads that combined.
     stage_seconds : dict of str to float
         Thread-seconds in ``read``, ``reduce``, ``write``; seconds waited for ``sync``.
     limited_by : str
@@ -92,6 +94,7 @@ class SoupResult:
     metadata_bytes: int
     read_mode: str
     device: str
+    workers: int
     stage_seconds: dict[str, float]
     limited_by: str
     content_digests: tuple[str, ...]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from streamsoup.bench.synthetic import make_checkpoints
 from streamsoup.checkpoints import open_checkpoints
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -23,8 +24,7 @@ def test_tables_of_the_readme_agree_with_the_results():
 
 @pytest.mark.parametrize(("shards", "dtype"), [(1, "bf16"), (3, "f32"), (1, "f16")])
 def test_synthetic_checkpoints_open_and_differ(tmp_path, shards, dtype):
-    command = [sys.executable, BENCHMARKS / "synthetic.py", "small-20mb", tmp_path, "--ingredients", "2"]
-    subprocess.run([*command, "--dtype", dtype, "--shards", str(shards)], check=True, capture_output=True)
+    make_checkpoints("small-20mb", tmp_path, ingredients=2, dtype=dtype, shards=shards)
     first, second = open_checkpoints([str(tmp_path / "run00"), str(tmp_path / "run01")])
     assert len(first.shards) == shards
     assert first.table.names == second.table.names
