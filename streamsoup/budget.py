@@ -35,7 +35,7 @@ def available_cores() -> int:
 
 
 def worker_count(workers: int | None, mode: str) -> int:
-    """Choose threads that combine: the cores, or some more where tiles are read ahead."""
+    """Choose threads that combine: the cores, or some more where they wait for plain reads."""
     cores = available_cores()
     return workers or (max(_PLAIN_WORKERS, cores) if mode == "plain" else cores)
 

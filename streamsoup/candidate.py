@@ -61,6 +61,7 @@ class Candidate:
         self.members = members
         self.is_exact = is_exact
         self.path: Path | None = None
+        self.stamps: dict[str, tuple[int, int]] = {}  # size and time of the files that were written
         self._running = running
         self._operands = operands
         self._numbers = numbers
@@ -97,6 +98,8 @@ class Candidate:
         ------
         MismatchError
             If names or shapes do not fit; the module is then unchanged.
+        StreamsoupError
+            If an ingredient cannot be read, or has NaN or infinity; the module is then partly overwritten. Load again.
         """
         self.stream(ModuleSink(module, self.plan, strict=strict))
 
@@ -131,9 +134,21 @@ class Candidate:
                 write_durably(folder / "model.safetensors.index.json", layout.index)
             if pool.first.folder is not None:
                 copy_companions(pool.first.folder, folder, dtype=_optional_dtype(pool.options.dtype))
+        self.stamps = {shard.name: _stamp(folder / shard.name) for shard in layout.shards}
         files_only = pool.first.folder is None and len(layout.shards) == 1
         self.path = folder / layout.shards[0].name if files_only else folder
         return self.path
+
+    def untouched_files(self) -> list[Path]:
+        """Files of shards that `write` made; none if somebody changed one since."""
+        if self.path is None:
+            return []
+        folder = self.path if self.path.is_dir() else self.path.parent
+        try:
+            same = all(_stamp(folder / name) == stamp for name, stamp in self.stamps.items())
+        except OSError:
+            same = False
+        return [folder / name for name in sorted(self.stamps)] if same else []
 
     def tensor_bytes(self, tensor: int) -> npt.NDArray[np.uint8]:
         """Make one tensor, by position; returns its bytes as a uint8 array."""
@@ -167,6 +182,11 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._plan.table)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _claim(folder: Path) -> None:

@@ -7,11 +7,13 @@ One more thread makes finished tiles durable and only then enters them into the 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -154,6 +156,8 @@ class Engine:
         self._readers: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._idle = threading.Event()
+        self._last_places: tuple[int, list[tuple[int, int]]] = -1, []
+        self._last_blend: tuple[int, Blend | None] = -1, None
         self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
 
     def _new_slot(self) -> Slot:
@@ -181,40 +185,39 @@ class Engine:
 
         On an error or an interrupt, tiles that were finished are still committed before it is raised.
         """
-        readers = self._plan.tiling.readers
-        if not readers:
-            return self._run(tiles)
-        with ThreadPoolExecutor(readers, thread_name_prefix="streamsoup-read") as self._readers:
-            return self._run(tiles)
+        tiling = self._plan.tiling
+        with contextlib.ExitStack() as stack:
+            self._readers, loaders = (
+                stack.enter_context(ThreadPoolExecutor(count, f"streamsoup-{name}")) if count else None
+                for name, count in (("read", tiling.readers), ("load", tiling.loaders))
+            )
+            return self._run(tiles, loaders)
 
-    def _run(self, tiles: Iterable[Tile]) -> Outcome:
+    def _run(self, tiles: Iterable[Tile], loaders: ThreadPoolExecutor | None) -> Outcome:
         began = time.perf_counter()
         queue = TileQueue(
-            tiles, load=self._load if self._plan.ahead else None, nbytes=self._tile_bytes, readers=self._readers
+            tiles, load=self._load if self._plan.ahead else None, nbytes=self._tile_bytes, readers=loaders
         )
         self._stop.clear()
         self._idle.clear()
         running = [len(self._slots)]
-        workers = [
-            threading.Thread(target=self._work, args=(slot, queue, running), name=f"streamsoup-{i}", daemon=True)
-            for i, slot in enumerate(self._slots)
-        ]
-        syncer = threading.Thread(target=self._keep_syncing, name="streamsoup-sync", daemon=True)
-        for thread in (*workers, syncer):
-            thread.start()
+        ended: list[threading.Event] = []
         try:
+            for i, slot in enumerate(self._slots):
+                ended.append(_start(f"streamsoup-{i}", partial(self._work, slot, queue, running)))
+            ended.append(_start("streamsoup-sync", self._keep_syncing))
             while not self._idle.wait(_PROGRESS_SECONDS):
                 self._report("reduce")
         finally:
             self._stop.set()
             queue.cancel()
-            for thread in (*workers, syncer):
-                thread.join()
-            self._report_quietly("sync")
+            # While a thread lives it may use maps and descriptors that the caller is about to close.
+            _insist([*(event.wait for event in ended), queue.settle])
             waiting = time.perf_counter()
             self._commit_finished()
             self.outcome.stage_seconds["sync"] += time.perf_counter() - waiting
             self.outcome.seconds += time.perf_counter() - began
+            self._report_quietly("sync")
         if self._error is not None:
             raise self._error
         return self.outcome
@@ -248,16 +251,35 @@ class Engine:
 
     def _places(self, tile: Tile) -> Iterator[tuple[int, int, int]]:
         """Yield position, offset and bytes of a tile in each ingredient."""
-        for i in range(len(self._sources)):
-            itemsize = self._plan.in_dtype(i, tile.tensor).itemsize
-            yield self._plan.alignment.position(i, tile.tensor), tile.start * itemsize, tile.elements * itemsize
+        for position, itemsize in self._at(tile.tensor):
+            yield position, tile.start * itemsize, tile.elements * itemsize
+
+    def _at(self, tensor: int) -> list[tuple[int, int]]:
+        """Position and itemsize of a tensor in each ingredient; the last one's are kept: its tiles come together."""
+        known, found = self._last_places
+        if known != tensor:
+            plan = self._plan
+            found = [
+                (plan.alignment.position(i, tensor), plan.in_dtype(i, tensor).itemsize)
+                for i in range(len(self._sources))
+            ]
+            self._last_places = tensor, found
+        return found
+
+    def _blend(self, tensor: int) -> Blend:
+        """See `make_blend`; the last one is kept."""
+        known, blend = self._last_blend
+        if blend is None or known != tensor:
+            blend = make_blend(self._plan, tensor)
+            self._last_blend = tensor, blend
+        return blend
 
     def _tile_bytes(self, tile: Tile) -> int:
-        return sum(nbytes for _, _, nbytes in self._places(tile))
+        return tile.elements * int(self._plan.bytes_each[tile.tensor])
 
     def _average(self, slot: Slot, tile: Tile, began: float) -> None:
         plan = self._plan
-        blend = make_blend(plan, tile.tensor)
+        blend = self._blend(tile.tensor)
         first_block = tile.start // BLOCK_ELEMENTS
         place = tile.start * blend.out_itemsize
         room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
@@ -309,7 +331,7 @@ class Engine:
         Readers take one piece at a time from one queue, so that each file is read nearly in order, and all files at
         once; workers that read their own tiles, several files each, got half the rate from a cold disk.
         """
-        if self._readers is None:
+        if self._readers is None or not self._plan.staged:
             return [self._fetch(slot, i, tile, blend.itemsizes[i], staging_index=i - group.start) for i in group]
         pieces = [
             self._readers.submit(self._fetch, slot, i, tile, blend.itemsizes[i], staging_index=i - group.start)
@@ -319,7 +341,7 @@ class Engine:
         return [piece.result() for piece in pieces]
 
     def _fetch(self, slot: Slot, ingredient: int, tile: Tile, itemsize: int, *, staging_index: int) -> int:
-        position = self._plan.alignment.position(ingredient, tile.tensor)
+        position, _ = self._at(tile.tensor)[ingredient]
         nbytes = tile.elements * itemsize
         staging = slot.staging(staging_index, nbytes)
         return self._sources[ingredient].fetch(position, tile.start * itemsize, nbytes, staging)
@@ -374,6 +396,38 @@ class Engine:
             self._report(stage)
         except Exception as error:
             self._fail(error)
+
+
+def _start(name: str, function: Callable[[], None]) -> threading.Event:
+    """Run a function in a thread of its own; returns an event that is set when it has ended.
+
+    `Thread.join` will not do: in Python 3.11 and 3.12 one that is interrupted takes the thread for ended.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            function()
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return ended
+
+
+def _insist(waits: Sequence[Callable[[], object]]) -> None:
+    """Do all of these to the end, however often somebody interrupts; the first interrupt is raised afterwards."""
+    interrupt: BaseException | None = None
+    for wait_for in waits:
+        ended = False
+        while not ended:
+            try:
+                wait_for()
+                ended = True
+            except (KeyboardInterrupt, SystemExit) as error:
+                interrupt = interrupt or error
+    if interrupt is not None:
+        raise interrupt
 
 
 def make_blend(plan: Plan, tensor: int) -> Blend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,11 @@ class Evaluator:
         self._before_score = before_score
         # The place in the job too: identities sample, and two ingredients may differ elsewhere only.
         keys = {path: f"{identity_key(identities[path])}-{i}" for i, path in enumerate(job.ingredients)}
-        self.book = ScoreBook(None if folder is None else folder / "scores.jsonl", keys)
+        asked = [job.score_command, job.before_command, job.metric] if job.score_command is not None else []
+        self.book = ScoreBook(
+            None if folder is None else folder / "scores.jsonl", keys, evaluator=json.dumps(asked) if asked else ""
+        )
+        running.content_digests |= self.book.content_digests
 
     @property
     def changed_by(self) -> str | None:
@@ -108,7 +113,7 @@ class Evaluator:
             raise
         self.evaluations += 1
         entry = Entry(scores, time.perf_counter() - began, self._running.bytes_read - read)
-        self.book.enter(candidate.members, entry)
+        self.book.enter(candidate.members, entry, self._running.content_digests)
         return entry
 
     def _prepare(self, candidate: Candidate) -> None:

@@ -38,6 +38,18 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int) -> None:
         done += os.pwrite(fd, buffer[done:], offset + done)
 
 
+def append_durably(fd: int, raw: bytes) -> None:
+    """Add bytes at the end of a file, all of them or none."""
+    end = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        pwrite_all(fd, memoryview(raw), end)
+        os.fdatasync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, end)  # a torn piece would hide all that comes after it
+        raise
+
+
 def write_durably(path: Path, text: str | bytes) -> None:
     """Write a small file under a temporary name, sync it, and put it in its place."""
     temporary = path.with_name(f".{path.name}.new")
@@ -50,6 +62,7 @@ def write_durably(path: Path, text: str | bytes) -> None:
         finally:
             os.close(fd)
         os.replace(temporary, path)
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

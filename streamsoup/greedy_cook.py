@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.files import require_space
+from streamsoup.files import lock_folder, require_space, writing_to
 from streamsoup.forecast import Forecast, sum_on_disk
 from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
 from streamsoup.greedy_loop import GreedyLoop
@@ -124,18 +126,18 @@ def cook_greedy(
     if job.out is not None:
         check_destination(destination_of(job.out), list(pool.checkpoints.values()), overwrite=job.overwrite)
         Workspace(destination_of(job.out)).refuse_unfinished()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / JOB_NAME).exists():
-            raise ResumeError(
-                f"{folder}: holds a greedy soup already. Go on with `streamsoup greedy --resume {folder}`, or choose "
-                "another work folder."
-            )
-        require_space(folder, Forecast.of(pool, on_disk=sum_on_disk(pool, folder)).disk_bytes)
-    identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
-    if folder is not None:
-        write_job(folder, job, identities)
-    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
+    with _locked(folder, make=True):
+        if folder is not None:
+            if (folder / JOB_NAME).exists():
+                raise ResumeError(
+                    f"{folder}: holds a greedy soup already. Go on with `streamsoup greedy --resume {folder}`, or "
+                    "choose another work folder."
+                )
+            require_space(folder, Forecast.of(pool, on_disk=sum_on_disk(pool, folder)).disk_bytes)
+        identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
+        if folder is not None:
+            write_job(folder, job, identities)
+        return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
 
 
 def resume_greedy(
@@ -169,9 +171,29 @@ def resume_greedy(
         If an ingredient is no longer what it was.
     """
     folder = Path(workdir)
-    job, identities = read_job(folder)
-    job = change_job(job, changes)
-    pool = Pool(job.ingredients, job.pool, progress)
-    for path, checkpoint in pool.checkpoints.items():
-        expect_identity(checkpoint, identities[path], what="the greedy soup began")
-    return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
+    read_job(folder)  # is there one?
+    with _locked(folder):
+        job, identities = read_job(folder)
+        job = change_job(job, changes)
+        pool = Pool(job.ingredients, job.pool, progress)
+        for path, checkpoint in pool.checkpoints.items():
+            expect_identity(checkpoint, identities[path], what="the greedy soup began")
+        return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path | None, *, make: bool = False) -> Iterator[None]:
+    """Have a work folder for this process alone, and leave none that was made for nothing."""
+    if folder is None:
+        yield
+        return
+    if make:
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    fd = lock_folder(folder)
+    try:
+        yield
+    finally:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +19,17 @@ from typing import Any
 from streamsoup.budget import PeakSampler
 from streamsoup.candidate import Candidate
 from streamsoup.evaluator import Evaluator
-from streamsoup.files import lock_folder, write_durably
+from streamsoup.files import write_durably
 from streamsoup.forecast import sum_on_disk
 from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
 from streamsoup.greedy_output import publish_soup
 from streamsoup.pool import Pool
+from streamsoup.recheck import written_again
 from streamsoup.reread import ReadPlanner
 from streamsoup.rules import Accept, Begin, Search, Trial
 from streamsoup.score import Scores
 from streamsoup.scorebook import Entry
+from streamsoup.sinks import Nowhere
 from streamsoup.sums import Member, RunningSoup, merge
 from streamsoup.workspace import Workspace, destination_of
 
@@ -48,27 +49,39 @@ class GreedyLoop:
     records: list[TrialRecord] = field(default_factory=list)
 
     def run(self) -> GreedyResult:
-        """Decide, and write the soup.
+        """Decide, and write the soup. The work folder is the caller's, and locked.
 
         Raises
         ------
-        ResumeError
-            If another process is at work in the work folder.
+        StreamsoupError
         """
         job, pool, folder = self.job, self.pool, self.folder
         with contextlib.ExitStack() as stack:
-            if folder is not None:
-                stack.callback(os.close, lock_folder(folder))
             sums = folder / "sums" if folder is not None and sum_on_disk(pool, folder) else None
             self.running = stack.enter_context(
                 RunningSoup(job.ingredients, pool=pool, folder=sums, existing=True, only_grows=job.rule.only_grows)
             )
             self.evaluator = Evaluator(job, self.running, self.identities, folder, self.score, self.before_score)
+            self._recheck()
             nbytes = {path: int(checkpoint.table.nbytes.sum()) for path, checkpoint in pool.checkpoints.items()}
             self.reads = ReadPlanner(nbytes, pool.sum_bytes)
             if job.candidates is not None:
                 stack.callback(shutil.rmtree, self.evaluator.candidate_folder, ignore_errors=True)
             return self._run()
+
+    def _recheck(self) -> None:
+        """Read ingredients again that were written since they went into what was scored: samples are only samples.
+
+        Raises
+        ------
+        ChangedIngredientError
+        """
+        running = self.running
+        for path, checkpoint in self.pool.checkpoints.items():
+            if path in running.content_digests and written_again(checkpoint, self.identities[path]):
+                reads = dict(running.reads)
+                running.alone(path).stream(Nowhere())
+                running.reads = reads
 
     def _run(self) -> GreedyResult:
         began = time.perf_counter()

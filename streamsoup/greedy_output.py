@@ -129,7 +129,7 @@ def _move(written: Candidate, workspace: Workspace) -> bool:
     """Move a candidate's shards into a workspace, where that is a rename."""
     if written.path is None or os.stat(written.path).st_dev != os.stat(workspace.folder).st_dev:
         return False
-    folder = written.path if written.path.is_dir() else written.path.parent
-    for file in sorted(folder.glob("*.safetensors")):
+    files = written.untouched_files()
+    for file in files:
         os.rename(file, workspace.soup / file.name)
-    return True
+    return bool(files)

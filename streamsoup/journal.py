@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.files import pwrite_all, writing_to
+from streamsoup.files import append_durably, writing_to
 
 _FRAME = struct.Struct("<II")
 
@@ -80,8 +80,7 @@ class Journal:
         payload = _encode(records)
         frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
         with writing_to(self._path):
-            pwrite_all(self._fd, memoryview(frame), os.lseek(self._fd, 0, os.SEEK_END))
-            os.fdatasync(self._fd)
+            append_durably(self._fd, frame)
 
     def close(self) -> None:
         """Release the file."""

@@ -147,6 +147,21 @@ class Plan:
             self.in_dtype(i, tensor).is_wide for i in range(len(self.checkpoints))
         )
 
+    @cached_property
+    def bytes_each(self) -> npt.NDArray[np.int64]:
+        """Bytes an element of each tensor in all ingredients together, shape (tensors,)."""
+        total = np.zeros(len(self.table), np.int64)
+        for checkpoint, order in zip(self.checkpoints, self.alignment.orders, strict=True):
+            sizes = _ITEMSIZE[checkpoint.table.dtypes]
+            total += sizes if order is None else sizes[order]
+        return total
+
+    def tiles_of(self, tensor: int, done: Sequence[tuple[int, int]] = ()) -> Iterator[Tile]:
+        """Yield the tiles of one tensor, without ranges that are done."""
+        for start, stop in _gaps(int(self.table.elements[tensor]), done):
+            for first in range(start, stop, self.tiling.tile_elements):
+                yield Tile(tensor, first, min(self.tiling.tile_elements, stop - first))
+
     def tiles(self, *, averaged: bool, done: Mapping[int, Sequence[tuple[int, int]]] | None = None) -> Iterator[Tile]:
         """Yield tiles by file position, without those ranges that are done.
 
@@ -158,10 +173,7 @@ class Plan:
             From a journal; made with any tile size.
         """
         for tensor in np.flatnonzero(_FLOAT[self.out_dtypes] == averaged).tolist():
-            elements = int(self.table.elements[tensor])
-            for start, stop in _gaps(elements, (done or {}).get(tensor, ())):
-                for first in range(start, stop, self.tiling.tile_elements):
-                    yield Tile(tensor, first, min(self.tiling.tile_elements, stop - first))
+            yield from self.tiles_of(tensor, (done or {}).get(tensor, ()))
 
 
 def _refuse_extreme(method: Method, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
@@ -206,6 +218,7 @@ def make_plan(
     staged: bool,
     ahead: bool = False,
     reserved_bytes: int = 0,
+    buffer_itemsize: int = 0,
 ) -> Plan:
     """Plan a soup.
 
@@ -234,6 +247,8 @@ def make_plan(
         Whether what is mapped is read ahead.
     reserved_bytes : int
         What of the budget is taken already.
+    buffer_itemsize : int
+        See `TileNeeds`; not needed where ingredients are read into buffers anyway.
 
     Raises
     ------
@@ -264,6 +279,7 @@ def make_plan(
         staged=staged,
         ahead=ahead,
         reserved_bytes=reserved_bytes,
+        buffer_itemsize=0 if staged else buffer_itemsize,
         largest_elements=int(table.elements.max(initial=0)),
         groupable=not wide,
     )

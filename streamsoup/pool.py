@@ -142,9 +142,23 @@ class Pool:
         return self.options.sums == "host"
 
     def open(self, path: str) -> Checkpoint:
-        """Return a checkpoint of the pool, opening it if it is new."""
+        """Return a checkpoint of the pool, opening it if it is new.
+
+        Raises
+        ------
+        RecipeError
+            If the pool was made for other dtypes, or for files that are read another way.
+        """
         if path not in self.checkpoints:
-            (self.checkpoints[path],) = open_checkpoints([path])
+            (checkpoint,) = open_checkpoints([path])
+            dtypes = [DTYPES[i] for i in set(checkpoint.table.dtypes.tolist())]
+            mode = choose_mode([checkpoint], self.options.read_mode)
+            if any(d.is_wide for d in dtypes) > self.is_wide or (mode == "plain") > (self.mode == "plain"):
+                what = "lies on a network file system" if mode == "plain" else "has float64 tensors"
+                raise RecipeError(f"{path}: {what}, unlike those named at first. Name it among the first, too.")
+            self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
+            self._is_fp8 |= any(d.is_fp8 for d in dtypes)
+            self.checkpoints[path] = checkpoint
         return self.checkpoints[path]
 
     def plan(
@@ -154,13 +168,14 @@ class Pool:
         *,
         to_sum: bool = False,
         reserved_bytes: int = 0,
+        buffer_itemsize: int = 0,
     ) -> Plan:
         """Plan a combination of checkpoints (or of a running sum and checkpoints) into a soup or into a sum.
 
-        `reserved_bytes`: what of the budget a running sum takes.
+        `reserved_bytes`, `buffer_itemsize`: what of the budget a running sum takes, and its buffers; see `TileNeeds`.
         """
         out_dtypes = self.sum_dtypes if to_sum else self.out_dtypes
-        return self._plan(checkpoints, numbers, out_dtypes, self.layout, reserved_bytes)
+        return self._plan(checkpoints, numbers, out_dtypes, self.layout, reserved_bytes, buffer_itemsize)
 
     def _plan(
         self,
@@ -169,6 +184,7 @@ class Pool:
         out_dtypes: npt.NDArray[np.uint8] | None = None,
         layout: Layout | None = None,
         reserved_bytes: int = 0,
+        buffer_itemsize: int = 0,
     ) -> Plan:
         options = self.options
         return make_plan(
@@ -183,6 +199,7 @@ class Pool:
             staged=self.mode == "plain" or options.device != "cpu",
             ahead=self.mode == "ahead",
             reserved_bytes=reserved_bytes,
+            buffer_itemsize=buffer_itemsize,
         )
 
     def prepare(self) -> None:
@@ -200,8 +217,7 @@ class Pool:
         """
         self.prepare()
         engine = Engine(plan, self.backend, sources, sink)
-        averaged = bool(self.averaged[tensor])
-        engine.run(tile for tile in plan.tiles(averaged=averaged) if tile.tensor == tensor)
+        engine.run(plan.tiles_of(tensor))
         check_copied(plan, engine.outcome, self.options.buffers)
         check_finite(plan, engine.outcome, self.options.nonfinite)
         return engine.outcome

@@ -1,7 +1,7 @@
 """The rules of greedy, pruned and repeated soups: pure functions of scores.
 
-A rule is a generator. It yields `Trial`s (a soup to be scored) and is sent the score; it returns nothing, and what it
-decided is in the `Decision`s that it notes. It knows nothing of files, sums or evaluators.
+A rule is a generator. It yields a `Begin` or a `Trial` (a soup to be scored) and is sent the score; with `Accept` it
+says that the last trial was kept. It knows nothing of files, sums or evaluators.
 
 Source: Wortsman et al. 2022, arXiv 2203.05482, Recipe 1.
 """

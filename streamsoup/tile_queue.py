@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 
 from streamsoup.plan import Tile
 
@@ -42,6 +42,8 @@ class TileQueue:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Tile, Future[None]]] = deque()
         self._ahead_bytes = 0
+        self._cancelled = False
+        self._loading: list[Future[None]] = []
 
     def take(self) -> Tile | None:
         """Return the next tile, or None after the last.
@@ -67,7 +69,7 @@ class TileQueue:
         return tile
 
     def _look_ahead(self, load: Callable[[Tile], None], readers: Executor) -> None:
-        while not self._waiting or self._ahead_bytes < AHEAD_BYTES:
+        while not self._cancelled and (not self._waiting or self._ahead_bytes < AHEAD_BYTES):
             tile = next(self._tiles, None)
             if tile is None:
                 return
@@ -77,5 +79,10 @@ class TileQueue:
     def cancel(self) -> None:
         """Load no more."""
         with self._lock:
-            for _, loaded in self._waiting:
-                loaded.cancel()
+            self._cancelled = True
+            self._loading = [loaded for _, loaded in self._waiting if not loaded.cancel()]
+            self._waiting.clear()
+
+    def settle(self) -> None:
+        """After `cancel`, wait until nothing is being loaded any more."""
+        wait(self._loading)

@@ -16,7 +16,7 @@ STACK_BYTES = 8 * MIB
 # Threads that read: a disk needs several requests in flight, and more than these only disturb its read-ahead.
 READERS = 4
 # Threads that read windows of maps ahead; the kernel keeps the disk busy for each.
-AHEAD_READERS = 2
+LOADERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class TileNeeds:
         Whether maps are read ahead.
     reserved_bytes : int
         Owned all the time beside tiles: a running sum in memory.
+    buffer_itemsize : int
+        Bytes an element of a buffer that a source keeps for each worker: a running sum on disk is read into one.
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
@@ -49,6 +51,7 @@ class TileNeeds:
     largest_elements: int
     ahead: bool = False
     reserved_bytes: int = 0
+    buffer_itemsize: int = 0
     groupable: bool = True
 
 
@@ -66,7 +69,9 @@ class Tiling:
         How many ingredients go through a slot at a time; fewer than all means that partial sums are kept.
     slot_bytes : int
     readers : int
-        Threads that bring bytes into slots or into the page cache, beside the workers; 0 where none are needed.
+        Threads that bring bytes into slots, beside the workers; 0 where none are needed.
+    loaders : int
+        Threads that bring bytes into the page cache.
     reserved_bytes : int
         Owned all the time beside that: a running sum in memory.
     """
@@ -76,20 +81,21 @@ class Tiling:
     group: int
     slot_bytes: int
     readers: int = 0
+    loaders: int = 0
     reserved_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Projected bytes that the engine owns while it runs."""
-        threads = (self.workers + self.readers) * STACK_BYTES
+        threads = (self.workers + self.readers + self.loaders) * STACK_BYTES
         return self.reserved_bytes + FIXED_BYTES + threads + self.workers * self.slot_bytes
 
 
 def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
-    """Bytes of one slot: staged ingredients, the output tile, and partial sums if ingredients go in groups."""
+    """Bytes of one slot: staged ingredients, the output tile, a source's buffer, partial sums between groups."""
     staged = group * needs.in_itemsize if needs.staged else 0
     partial = needs.sum_itemsize if group < needs.ingredients else 0
-    return tile_elements * (staged + needs.out_itemsize + partial)
+    return tile_elements * (staged + needs.out_itemsize + partial + needs.buffer_itemsize)
 
 
 def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tiling:
@@ -138,6 +144,7 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
     # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
-    readers = 0 if workers == 1 else READERS if needs.staged else AHEAD_READERS if needs.ahead else 0
+    readers = READERS if needs.staged and workers > 1 else 0
+    loaders = LOADERS if needs.ahead and workers > 1 else 0
     slot = slot_bytes(needs, tile_elements, group)
-    return Tiling(workers, tile_elements, group, slot, readers, needs.reserved_bytes)
+    return Tiling(workers, tile_elements, group, slot, readers, loaders, needs.reserved_bytes)

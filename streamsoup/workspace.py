@@ -160,7 +160,8 @@ class Workspace:
         if not self.exists:
             return False
         names = {path.name for path in self.folder.iterdir()}
-        return names <= _NAMES - {"job.json"}
+        has_work = self.journal_path.exists() and self.journal_path.stat().st_size > 0
+        return names <= _NAMES - {"job.json"} and not has_work
 
     def hold(self) -> None:
         """Take the folder for this process, until `release`.
@@ -188,6 +189,14 @@ class Workspace:
             return True
         self.release()
         return False
+
+    @property
+    def begun_at(self) -> float:
+        """When the work was begun, in seconds since 1970; 0 if none was."""
+        try:
+            return (self.folder / "job.json").stat().st_mtime
+        except OSError:
+            return 0.0
 
     def release(self) -> None:
         """Give the folder back."""
@@ -224,17 +233,21 @@ class Workspace:
 
     def is_published(self, job_id: str) -> bool:
         """Whether a run died after the soup took its place, but before the workspace was removed."""
+        if self.read_manifest().get("id") != job_id:
+            return False  # another soup, perhaps the one that this job is to replace
+        # Of a single file the manifest is moved first and the weights last.
+        return not self.destination.is_file or not (self.soup / self.destination.path.name).exists()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest of the soup at the destination; empty if there is none."""
         target = self.destination.path
         beside = f"{self.destination.companion_stem}.{MANIFEST_NAME}"
         path = target.with_name(beside) if self.destination.is_file else target / MANIFEST_NAME
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
-        if not isinstance(manifest, dict) or manifest.get("id") != job_id:
-            return False  # another soup, perhaps the one that this job is to replace
-        # Of a single file the manifest is moved first and the weights last.
-        return not self.destination.is_file or not (self.soup / target.name).exists()
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def publish(self, *, overwrite: bool) -> None:
         """Put the finished soup into its place and remove the workspace."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -21,7 +22,10 @@ class Sink(Protocol):
     """Where finished tiles go. Inherit from it: only `write` has no default."""
 
     def room(self, tensor: int, offset: int, nbytes: int) -> memoryview | None:
-        """Return writable memory of its own for a tile, to be filled instead of calling `write`; or None."""
+        """Return writable memory of its own for a tile, to be filled instead of calling `write`; or None.
+
+        After a failure, what is in it is undefined.
+        """
         return None
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
@@ -57,11 +61,14 @@ class FileSink(Sink):
         self._begins = layout.begins
         self._durable = durable
         self._fds: list[int] = []
+        self._written: set[int] = set()  # shards with bytes that are not synced yet
+        self._lock = threading.Lock()
         try:
             for shard in layout.shards:
                 with writing_to(folder / shard.name):
                     fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
                     self._fds.append(fd)
+                    self._written.add(len(self._fds) - 1)
                     if not existing or os.fstat(fd).st_size != shard.file_bytes:
                         os.ftruncate(fd, min(os.fstat(fd).st_size, shard.file_bytes))
                         os.posix_fallocate(fd, 0, shard.file_bytes)
@@ -75,12 +82,16 @@ class FileSink(Sink):
         shard = int(self._shard_of[tensor])
         with writing_to(self._layout.shards[shard].name):
             pwrite_all(self._fds[shard], buffer, int(self._begins[tensor]) + offset)
+        with self._lock:
+            self._written.add(shard)
 
     def sync(self) -> None:
         """See `Sink`."""
-        for fd, shard in zip(self._fds, self._layout.shards, strict=True) if self._durable else ():
-            with writing_to(shard.name):
-                os.fsync(fd)
+        with self._lock:
+            written, self._written = self._written, set()
+        for shard in sorted(written) if self._durable else ():
+            with writing_to(self._layout.shards[shard].name):
+                os.fsync(self._fds[shard])
 
     def close(self) -> None:
         """Close the files."""

@@ -237,7 +237,7 @@ def test_resume_goes_on_and_takes_no_other_ingredients(cli, tmp_path, monkeypatc
         with pytest.raises(ZeroDivisionError):
             streamsoup.soup(runs, tmp_path / "soup")
     ignored = (["--dtype", "float32"], ["--shard-size", "1MB"], ["--buffers", "first"], ["--coefficients"])
-    for more in (["run1"], ["-o", "x"], ["--dry-run"], ["--recipe", "r.yaml"], *ignored):
+    for more in (["run1"], ["-o", "x"], ["--dry-run"], ["--recipe", "r.yaml"], ["--restart"], *ignored):
         assert_one_sentence(cli("soup", "--resume", "soup", *more), "--resume", code=2)
     done = cli("soup", "--resume", "soup")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from factory import DTYPES, FLOATS, any_bits, bits, realistic, same_bits, write_checkpoint
+from factory import DTYPES, FLOATS, any_bits, bits, fine_tunes, realistic, same_bits, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import assert_within_bound, exact_bits, one
@@ -504,3 +506,45 @@ def test_progress_never_goes_back_and_ends_with_all_bytes(tmp_path, monkeypatch)
     done = [report.done_bytes for report in seen]
     assert done == sorted(done)
     assert done[-1] == seen[-1].total_bytes == plan.bytes_to_read
+
+
+# -- interrupts --------------------------------------------------------------------------------------------------------
+
+_TWICE = """
+import sys, threading, time, _thread
+import streamsoup
+from streamsoup.backends import cpu
+
+real = cpu.CpuSlot.combine
+def slow(self, *arguments, **more):
+    if threading.current_thread().name.startswith("streamsoup-"):
+        time.sleep(1.0)
+    return real(self, *arguments, **more)
+cpu.CpuSlot.combine = slow
+
+def progress(report):
+    if report.stage == "reduce" and not seen:
+        seen.append(1)
+        for wait in (0.2, 0.3, 0.4):
+            threading.Timer(wait, _thread.interrupt_main).start()
+        raise KeyboardInterrupt
+
+seen = []
+mode, out, *runs = sys.argv[1:]
+try:
+    streamsoup.soup(runs, out, read_mode=mode, workers=2, progress=progress)
+except KeyboardInterrupt:
+    left = [t.name for t in threading.enumerate() if t.name.startswith("streamsoup")]
+    print("left", left)
+"""
+
+
+@pytest.mark.parametrize("read_mode", ["map", "ahead", "plain"])
+def test_interrupts_while_threads_end_are_waited_out(tmp_path, read_mode):
+    """Maps and descriptors are closed afterwards: a thread that still used them would be a crash."""
+    runs = fine_tunes(tmp_path, 2)
+    done = subprocess.run(
+        [sys.executable, "-c", _TWICE, read_mode, str(tmp_path / "soup"), *runs],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "left []\n"), done.stderr

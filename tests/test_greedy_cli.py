@@ -443,6 +443,15 @@ def test_resuming_takes_everything_from_the_work_folder(kitchen, monkeypatch):
     assert kitchen.asked() == before
 
 
+def test_the_given_order_is_the_one_that_was_given(kitchen):
+    runs = kitchen.runs
+    first = [*runs[1:], runs[0]] if runs == sorted(runs) else runs
+    arguments = kitchen.arguments("--order", "given", "--json", runs=sorted(first))
+    code, out, err = kitchen(*arguments)
+    assert code == 0, err
+    assert [t["path"] for t in json.loads(out)["trials"]] == sorted(first)
+
+
 def test_what_decides_nothing_may_differ_when_a_run_goes_on(kitchen, monkeypatch):
     monkeypatch.setenv("SLEEP_AT", "6")
     assert kitchen(*kitchen.arguments("--score-timeout", "1"))[0] == 1

@@ -106,7 +106,8 @@ POINTS = {
     "replace": (os, "replace"),
     "fsync": (os, "fsync"),
     "pwrite": (os, "pwrite"),
-    "write": (os, "write"),
+    "append": (scorebook, "append_durably"),
+    "sum in place": (store.MemoryStore, "room"),
 }
 
 
@@ -294,7 +295,7 @@ def kill_and_resume(bench, folder, place, kind, *points):
 CHOSEN = [
     *(("evaluation", n, before) for n in (1, 6, 7, 9) for before in (True, False)),
     *(("enter", n, before) for n in (1, 5, 6, 8) for before in (True, False)),
-    *(("write", n, False) for n in (1, 7)),
+    *(("append", n, False) for n in (1, 7)),
     ("job", 1, True), ("job", 1, False),
     ("reserve", 1, True), ("reserve", 1, False), ("reserve", 2, False),
     *(("head", n, before) for n in (2, 3, 4, 8, 15) for before in (True, False)),
@@ -483,6 +484,21 @@ def test_an_ingredient_that_is_another_now_is_refused_by_name(bench, server, tmp
     assert answer["code"] == 1
     assert "run1" in answer["errors"]
     assert "Error" in answer["errors"].splitlines()[-1] or "note" in answer["errors"]
+
+
+def test_a_change_outside_the_samples_is_noticed_when_a_run_goes_on(bench, server, tmp_path):
+    runs, job = killed_in_the_middle(bench, server, tmp_path)
+    scored = [json.loads(line) for line in (tmp_path / "work" / "scores.jsonl").read_text().splitlines()]
+    used = next(path for row in reversed(scored) if len(row["members"]) > 1 for path, _ in row["members"])
+    file = sorted(Path(used).glob("*.safetensors"))[0]
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1  # the last byte of a tensor: samples are taken from the middle
+    file.write_bytes(raw)
+    answer = server(job)
+    assert answer["code"] != 0
+    assert used in answer["errors"]
+    assert "changed" in answer["errors"]
+    assert runs
 
 
 def test_ingredients_that_were_only_copied_or_touched_are_the_same(bench, server, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamsoup.errors import DiskSpaceError
 from streamsoup.journal import Journal, TileRecord
 
 
@@ -91,7 +94,6 @@ def test_zeros_after_a_power_cut_are_no_records(tmp_path):
 
 @pytest.mark.parametrize("step", [1, 3, 50])
 def test_short_writes_are_completed(tmp_path, monkeypatch, step):
-    import os
 
     real = os.pwrite
     with Journal(tmp_path / "journal") as journal, monkeypatch.context() as patch:
@@ -99,3 +101,23 @@ def test_short_writes_are_completed(tmp_path, monkeypatch, step):
         journal.append(records())
     with Journal(tmp_path / "journal") as journal:
         same(journal.read(), records())
+
+
+def test_after_a_full_disk_later_records_are_not_hidden_by_a_torn_one(tmp_path, monkeypatch):
+    real, calls = os.pwrite, []
+
+    def full(fd, buffer, at):
+        calls.append(at)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(fd, bytes(buffer)[:7], at)
+
+    with Journal(tmp_path / "journal") as journal:
+        journal.append(records()[:1])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(DiskSpaceError):
+                journal.append(records()[1:2])
+        journal.append(records()[2:])
+    with Journal(tmp_path / "journal") as journal:
+        same(journal.read(), [*records()[:1], *records()[2:]])

@@ -72,7 +72,7 @@ def test_entries_are_found_again_to_the_last_bit(tmp_path):
 def test_a_score_is_durable_when_enter_returns(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or real(fd))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(os.fstat(fd).st_size) or real(fd))
     book = ScoreBook(tmp_path / "scores.jsonl", NAMES)
     for number in range(3):
         book.enter((A, Member("b", number + 1.0)), entry(0.5))

@@ -219,6 +219,25 @@ def test_a_saved_sum_is_taken_up_elsewhere_and_a_sum_that_lies_there_is_not_over
     assert mean_equals_soup(running, tmp_path)
 
 
+def test_a_later_ingredient_that_needs_wider_sums_is_refused(tmp_path):
+    one = str(write_checkpoint(tmp_path / "one", {"w": np.ones(50, np.float32)}))
+    wide = str(write_checkpoint(tmp_path / "wide", {"w": np.ones(50)}))
+    running = streamsoup.RunningSoup(one, budget_bytes=BUDGET).add(one)
+    with pytest.raises(RecipeError, match=r"wide.*float64.*first"):
+        running.add(wide)
+    assert streamsoup.RunningSoup([one, wide], budget_bytes=BUDGET).add(one).add(wide).weight == 2
+
+
+def test_a_candidate_of_nothing_or_of_a_senseless_weight_is_refused(tmp_path):
+    runs = fine_tunes(tmp_path / "runs", 2)
+    running = streamsoup.RunningSoup(runs, budget_bytes=BUDGET).add(runs[0])
+    with pytest.raises(RecipeError, match="empty"):
+        running.candidate(runs[0], -1.0)
+    for weight in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(RecipeError, match="Weight"):
+            running.candidate(runs[1], weight)
+
+
 def test_two_sums_of_one_process_or_another_do_not_share_a_folder(tmp_path):
     runs = fine_tunes(tmp_path / "runs", 2)
     one = streamsoup.RunningSoup(runs, folder=tmp_path / "sums", budget_bytes=BUDGET)

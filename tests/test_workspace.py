@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 
 import pytest
 from factory import fine_tunes, read_checkpoint, same_bits, weights_bytes
@@ -285,6 +286,29 @@ def test_work_begun_with_relative_paths_is_resumed_from_another_folder(tmp_path,
     streamsoup.resume(tmp_path / "soup")
     streamsoup.soup(runs, tmp_path / "fresh")
     assert weights_bytes(tmp_path / "soup") == weights_bytes(tmp_path / "fresh")
+
+
+def test_a_soup_that_stands_is_told_of_without_its_ingredients(tmp_path, runs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("streamsoup.workspace.Workspace.remove", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            streamsoup.soup(runs, tmp_path / "soup")
+    shutil.rmtree(runs[0])
+    result = streamsoup.resume(tmp_path / "soup")
+    assert result.path == tmp_path / "soup"
+    assert (result.ingredients, result.bytes_read) == (3, 0)
+    assert result.parameters > 0
+    assert not (tmp_path / "soup.partial").exists()
+
+
+def test_a_folder_with_a_journal_is_never_taken_for_rubbish(tmp_path, runs, monkeypatch):
+    interrupt(monkeypatch, runs, tmp_path / "soup")
+    (tmp_path / "soup.partial" / "job.json").unlink()
+    with pytest.raises(ResumeError, match="--restart"):
+        streamsoup.soup(runs, tmp_path / "soup")
+    with pytest.raises(ResumeError, match="--restart"):
+        streamsoup.resume(tmp_path / "soup")
+    assert (tmp_path / "soup.partial" / "journal").stat().st_size
 
 
 def test_whether_a_workspace_is_held_is_asked_without_taking_it(tmp_path, runs, monkeypatch):

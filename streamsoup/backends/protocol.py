@@ -1,8 +1,8 @@
 """What the engine asks of a device.
 
 A backend owns its tile slots: buffers that it allocated once, in memory that it likes (pageable, page-locked).
-A worker brings a group of ingredients into a slot, has them combined, and gets a token; it waits on the token only
-when it wants the result, so that a device may work while the worker reads on. The CPU answers at once.
+A worker brings a group of ingredients into a slot, has them combined, and gets a token, on which it waits for the
+result. The CPU answers at once.
 """
 
 from __future__ import annotations

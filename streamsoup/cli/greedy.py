@@ -89,6 +89,7 @@ def _add_rule(group: Any) -> None:
         metavar="HOW",
         help="score (default), given, random, or a JSON or CSV file with the checkpoints' own scores",
     )
+    group.add_argument("--as-given", action="store_true", help="take equal scores in the order of the arguments")
     group.add_argument("--seed", type=int, metavar="N", help="of a random order")
     group.add_argument("--max-ingredients", type=int, metavar="N", help="most that may be kept")
     group.add_argument("--prune", action="store_true", help="start from all, and drop what does not help")
@@ -197,7 +198,9 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         raise UsageError("Say how to score a checkpoint: --score COMMAND.")
     if not args.output and not args.dry_run:
         raise UsageError("Say where the soup goes: -o FOLDER.")
-    paths = natural_order(expand_paths(args.ingredients))
+    paths = expand_paths(args.ingredients)
+    if args.order != "given" and not args.as_given:
+        paths = natural_order(paths)
     order, own_scores = _order(args.order, paths)
     options = {
         "order": order,

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.units import format_binary, format_bytes, format_count, format_seconds, parse_bytes
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         if args.resume:
             if args.ingredients or args.recipe or args.output or args.dry_run:
                 raise UsageError("--resume takes everything from the interrupted run; give it alone.")
+            if args.restart:
+                raise UsageError("--restart throws away the work that --resume goes on with. Give one of them.")
             if args.dtype or args.shard_size or args.buffers or args.coefficients or args.as_given:
                 raise UsageError(
                     "--resume keeps --dtype, --shard-size, --buffers and --coefficients of the interrupted run; for "
@@ -126,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_STARTED = time.time()
+
+
 def after_death(args: argparse.Namespace) -> None:
     """Say what is left after a fatal signal, or remove it."""
     from streamsoup.cli.guard import say
@@ -135,7 +141,7 @@ def after_death(args: argparse.Namespace) -> None:
     workspace = Workspace(destination_of(out)) if out else None
     if workspace is None or not workspace.exists:
         return
-    if args.no_keep and not workspace.is_held:  # else it is another run's
+    if args.no_keep and not workspace.is_held and workspace.begun_at > _STARTED:  # else it is another run's
         workspace.remove()
     elif not args.no_keep:
         say(f"Unfinished work is kept in {workspace.folder}; go on with `streamsoup soup --resume {out}`.")

@@ -102,7 +102,6 @@ class GenerationStore(Sink):
         self._dtype = dtype
         self._backend = backend
         self._like = like
-        self._files = OpenFiles()
         self._metadata: dict[tuple[int, ...], str] = {}
         self._lock = threading.Lock()
         self._digests: dict[str, dict[str, int]] = {}
@@ -198,7 +197,8 @@ class GenerationStore(Sink):
 
             parts = self._dtype.itemsize // np.dtype(self._numpy_dtype).itemsize
             elements = max(1, int(self._table.elements[tensor]))
-            store = zarr.storage.MemoryStore()
+            found: dict[str, Any] = {}
+            store = zarr.storage.MemoryStore(found)
             zarr.create_array(
                 store,
                 shape=(int(self._table.elements[tensor]) * parts,),  # double-double: hi, lo, hi, lo ...
@@ -210,7 +210,7 @@ class GenerationStore(Sink):
                 attributes={"shape": list(shape)},
                 config={"write_empty_chunks": True},
             )
-            self._metadata[shape] = bytes(store._store_dict["zarr.json"].to_bytes()).decode()
+            self._metadata[shape] = bytes(found["zarr.json"].to_bytes()).decode()
         document = json.loads(self._metadata[shape])
         document["attributes"]["tensor"] = name
         return json.dumps(document)

@@ -24,7 +24,7 @@ from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import Source, open_source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
-from streamsoup.sums.generations import CHUNK_BYTES, GenerationStore
+from streamsoup.sums.generations import GenerationStore
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
 from streamsoup.units import format_binary
 
@@ -95,7 +95,7 @@ class RunningSoup:
         paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
         self.pool = pool or Pool(paths, PoolOptions(**options))
         self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
-        self._reserved_bytes = 0
+        self._reserved_bytes = self._buffer_itemsize = 0
         self._give_back: Callable[[], object] | None = None
         self._store = self._make_store(folder, existing=existing)
         self._in_store: tuple[Member, ...] | None = ()  # what it is the sum of; None after a failure half-way
@@ -122,8 +122,7 @@ class RunningSoup:
         if folder is None:
             self._reserved_bytes = pool.sum_bytes
             return MemoryStore(self._sum.table, pool.averaged)
-        # A tile of the sum is read into a buffer for each worker.
-        self._reserved_bytes = min(pool.budget_bytes // 2, 2 * CHUNK_BYTES)
+        self._buffer_itemsize = pool.sum_dtype.itemsize  # a tile of the sum is read into a buffer for each worker
         if not existing and GenerationStore.members_in(Path(folder)):
             raise DestinationError(
                 f"{folder}: holds a running sum already. Go on with it by RunningSoup.open, or choose another folder."
@@ -147,7 +146,13 @@ class RunningSoup:
 
     def plan(self, operands: Sequence[Checkpoint], numbers: Coefficients, *, to_sum: bool = False) -> Plan:
         """Plan a combination of the sum and ingredients, beside the memory that the sum takes."""
-        return self.pool.plan(operands, numbers, to_sum=to_sum, reserved_bytes=self._reserved_bytes)
+        return self.pool.plan(
+            operands,
+            numbers,
+            to_sum=to_sum,
+            reserved_bytes=self._reserved_bytes,
+            buffer_itemsize=self._buffer_itemsize,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Copy the sum into a folder, from which `open` takes it up.
@@ -206,7 +211,9 @@ class RunningSoup:
     def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
         """Return the soup with one more (or, with a negative weight, less) ingredient; nothing is read yet."""
         name = str(path)
-        members = merge(self.members, name, weight)
+        members = merge(self.members, name, math.copysign(_checked(abs(weight)), weight))
+        if not members:
+            raise RecipeError(f"{path}: without it the soup would be empty. Keep one ingredient at least.")
         if not self.members:
             return self.candidate_of(members)
         exact = self.is_exact and name not in {m.path for m in self.members}
