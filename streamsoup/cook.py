@@ -310,15 +310,15 @@ class _Cook:
             Journal(self.workspace.journal_path) as journal,
             open_sources(plan.checkpoints, self.mode) as sources,
         ):
-            records = journal.read()
+            begun = not journal.is_empty
             for i, checkpoint in enumerate(plan.checkpoints):
-                if records and written_again(checkpoint, self.job["identities"][i]):
-                    recheck(plan, i, sources[i], self.backend, records)
-            with FileSink(self.workspace.soup, plan.layout, existing=bool(records)) as sink:
+                if begun and written_again(checkpoint, self.job["identities"][i]):
+                    recheck(plan, i, sources[i], self.backend, journal.read())
+            with FileSink(self.workspace.soup, plan.layout, existing=begun) as sink:
                 engine = Engine(
                     plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
                 )
-                done = engine.resume(records)
+                done = engine.resume(journal.read())
                 engine.run(plan.tiles(averaged=False, done=done))
                 check_copied(plan, engine.outcome, self.recipe.buffers)
                 engine.run(plan.tiles(averaged=True, done=done))

@@ -170,14 +170,17 @@ class Engine:
             staged=plan.staged,
         )
 
-    def resume(self, records: Sequence[TileRecord]) -> dict[int, list[tuple[int, int]]]:
+    def resume(self, records: Iterable[TileRecord]) -> dict[int, list[tuple[int, int]]]:
         """Take in what an earlier run finished; returns it by tensor, as `Plan.tiles` wants it."""
         done: dict[int, list[tuple[int, int]]] = {}
         for record in records:
             self.outcome.add(record)
-            done.setdefault(record.tensor, []).append((record.start, record.elements))
-            itemsizes = [self._plan.in_dtype(i, record.tensor).itemsize for i in range(len(self._sources))]
-            self._already_bytes += record.elements * sum(itemsizes)
+            self._already_bytes += record.elements * int(self._plan.bytes_each[record.tensor])
+            ranges = done.setdefault(record.tensor, [])
+            if ranges and sum(ranges[-1]) == record.start:  # tiles come nearly in order: few ranges are left
+                ranges[-1] = ranges[-1][0], ranges[-1][1] + record.elements
+            else:
+                ranges.append((record.start, record.elements))
         return done
 
     def run(self, tiles: Iterable[Tile]) -> Outcome:

@@ -10,7 +10,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,22 +56,25 @@ class Journal:
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def read(self) -> list[TileRecord]:
-        """Return all records, and cut off a torn tail."""
-        size = os.fstat(self._fd).st_size
-        raw = os.pread(self._fd, size, 0)
-        records: list[TileRecord] = []
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever finished."""
+        return next(self.read(), None) is None
+
+    def read(self) -> Iterator[TileRecord]:
+        """Yield all records, one frame in memory at a time; a torn tail is cut off when its place is reached."""
         position = 0
-        while position + _FRAME.size <= len(raw):
-            length, checksum = _FRAME.unpack_from(raw, position)
-            payload = raw[position + _FRAME.size : position + _FRAME.size + length]
+        while len(head := os.pread(self._fd, _FRAME.size, position)) == _FRAME.size:
+            length, checksum = _FRAME.unpack(head)
+            size = os.fstat(self._fd).st_size
             # A power cut may leave zeros, and the checksum of nothing is zero.
-            if not length or len(payload) < length or zlib.crc32(payload) != checksum:
+            whole = 0 < length <= size - position - _FRAME.size
+            payload = os.pread(self._fd, length, position + _FRAME.size) if whole else b""
+            if not whole or len(payload) < length or zlib.crc32(payload) != checksum:
                 break
-            records += _decode(payload)
+            yield from _decode(payload)
             position += _FRAME.size + length
         os.ftruncate(self._fd, position)
-        return records
 
     def append(self, records: Sequence[TileRecord]) -> None:
         """Add records durably. What they speak of must be durable already."""

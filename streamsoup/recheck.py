@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def written_again(checkpoint: Checkpoint, identity: Sequence[Mapping[str, Any]])
     )
 
 
-def recheck(plan: Plan, ingredient: int, source: Source, backend: Backend, records: Sequence[TileRecord]) -> None:
+def recheck(plan: Plan, ingredient: int, source: Source, backend: Backend, records: Iterable[TileRecord]) -> None:
     """Read what was read of an ingredient once more and compare digests.
 
     Raises
