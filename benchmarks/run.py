@@ -1,6 +1,6 @@
 """Run one benchmark case and write its figures as JSON.
 
-    python benchmarks/run.py CASE [--dir DIR] [--repeats 5] [--json FILE] [--small]
+    python benchmarks/run.py CASE [--dir DIR] [--repeats 5] [--json FILE] [--small] [--environments DIR]
 
 Everything is made in a temporary folder below --dir and removed at the end.
 """
@@ -15,9 +15,11 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from environments import DEFAULT_DIR
+
 from streamsoup.bench.machine import machine_facts
 
-CASES = ("soup_warm", "soup_cold", "memory", "planning", "startup", "greedy")
+CASES = ("soup_warm", "soup_cold", "memory", "planning", "startup", "greedy", "peers")
 HERE = Path(__file__).resolve().parent
 
 
@@ -28,12 +30,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/CASE.json (not with --small)")
     parser.add_argument("--small", action="store_true", help="small files: does it work at all?")
+    parser.add_argument(
+        "--environments", type=Path, default=DEFAULT_DIR, help="of peers: what benchmarks/environments.py made"
+    )
     args = parser.parse_args()
     name = args.case.replace("-", "_")
+    options = {"environments": args.environments} if name == "peers" else {}
     before = machine_facts()
     with tempfile.TemporaryDirectory(prefix="streamsoup-bench-", dir=args.dir) as folder:
         case = importlib.import_module(f"case_{name}")
-        figures = case.run(Path(folder), repeats=args.repeats, small=args.small)
+        figures = case.run(Path(folder), repeats=args.repeats, small=args.small, **options)
     result = {
         "case": args.case,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
