@@ -19,7 +19,18 @@ from environments import DEFAULT_DIR
 
 from streamsoup.bench.machine import machine_facts
 
-CASES = ("soup_warm", "soup_cold", "memory", "planning", "startup", "greedy", "peers")
+CASES = (
+    "soup_warm",
+    "soup_cold",
+    "memory",
+    "planning",
+    "startup",
+    "greedy",
+    "peers",
+    "beyond_ram",
+    "many_tensors",
+    "scaling",
+)
 HERE = Path(__file__).resolve().parent
 
 
