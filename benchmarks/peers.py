@@ -94,7 +94,7 @@ def mergekit_float32(out: Path, files: list[str]) -> float:
 
 
 def _mergekit(out: Path, files: list[str], dtypes: dict[str, str]) -> float:
-    """Call the function behind the command mergekit-pytorch, as the command does; without progress bars."""
+    """Call the function behind the command mergekit-pytorch, as the command does."""
     import yaml
     from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 
@@ -104,7 +104,7 @@ def _mergekit(out: Path, files: list[str], dtypes: dict[str, str]) -> float:
         config = Path(folder) / "config.yaml"
         text = yaml.safe_dump({"merge_method": "linear", "models": models, **dtypes})
         config.write_text(text, encoding="utf-8")
-        mergekit_pytorch([str(config), str(out), "--quiet"], standalone_mode=False)
+        mergekit_pytorch([str(config), str(out)], standalone_mode=False)
     return time.perf_counter() - began
 
 
