@@ -12,6 +12,7 @@ from streamsoup.tiling import MIB
 DEFAULT_SHARE = 4
 DEFAULT_MOST_BYTES = 2048 * MIB
 _SAMPLE_SECONDS = 0.02
+_SMALL_TENSOR_BYTES = 128 << 10
 _PLAIN_WORKERS = 4  # one computes, the tiles of the others are being read or written
 
 
@@ -34,10 +35,25 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_count(workers: int | None, mode: str) -> int:
-    """Choose threads that combine: the cores, or some more where they wait for plain reads."""
+def worker_count(workers: int | None, mode: str, *, tensor_bytes: float) -> int:
+    """Choose threads that combine: as many as were asked for, else by cores and work.
+
+    Parameters
+    ----------
+    workers : int or None
+        What was asked for.
+    mode : str
+        From `streamsoup.read.choose_mode`: some more than the cores where they wait for plain reads.
+    tensor_bytes : float
+        Of an average tensor, in all ingredients together. Where tensors are small, most of the time goes to the
+        interpreter, which two threads only fight for.
+    """
     cores = available_cores()
-    return workers or (max(_PLAIN_WORKERS, cores) if mode == "plain" else cores)
+    if workers is not None:
+        return workers
+    if mode == "plain":
+        return max(_PLAIN_WORKERS, cores)
+    return 1 if tensor_bytes < _SMALL_TENSOR_BYTES else cores
 
 
 def _cgroup_v2(root: Path = Path("/sys/fs/cgroup")) -> int | None:

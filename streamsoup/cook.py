@@ -32,7 +32,7 @@ from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
-from streamsoup.plan import Plan, make_plan
+from streamsoup.plan import Plan, make_plan, tensor_bytes
 from streamsoup.read import choose_mode, open_sources
 from streamsoup.recheck import recheck, written_again
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
@@ -150,7 +150,7 @@ def plan_soup(
         shard_bytes=recipe.shard_bytes,
         file_name=destination.path.name if destination and destination.is_file else None,
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
-        workers=worker_count(execution.workers, mode),
+        workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
         staged=mode == "plain" or execution.device != "cpu",
         ahead=mode == "ahead",
     )

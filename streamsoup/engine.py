@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends.protocol import Backend, Blend, Slot
-from streamsoup.dtypes import BY_NAME
+from streamsoup.dtypes import BY_NAME, DTYPES
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at, same_bytes
+from streamsoup.methods import Coefficients
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
 from streamsoup.tile_queue import TileQueue
@@ -32,6 +33,8 @@ _PROGRESS_SECONDS = 0.1
 # Between two commits. Finished tiles go to the disk all the time: at the end little is left to wait for, and a crash
 # costs little work.
 _COMMIT_SECONDS = 0.05
+_MOST_BLENDS = 256
+_ITEMSIZES = np.array([d.itemsize for d in DTYPES], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class Engine:
         self._stop = threading.Event()
         self._idle = threading.Event()
         self._last_places: tuple[int, list[tuple[int, int]]] = -1, []
-        self._last_blend: tuple[int, Blend | None] = -1, None
+        self._blends: dict[tuple[int, bytes, int], tuple[Coefficients, Blend]] = {}
         self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
 
     def _new_slot(self) -> Slot:
@@ -261,21 +264,24 @@ class Engine:
         """Position and itemsize of a tensor in each ingredient; the last one's are kept: its tiles come together."""
         known, found = self._last_places
         if known != tensor:
-            plan = self._plan
-            found = [
-                (plan.alignment.position(i, tensor), plan.in_dtype(i, tensor).itemsize)
-                for i in range(len(self._sources))
-            ]
+            sizes = _ITEMSIZES[self._plan.in_dtypes[tensor]].tolist()
+            position = self._plan.alignment.position
+            found = [(position(i, tensor), size) for i, size in enumerate(sizes)]
             self._last_places = tensor, found
         return found
 
     def _blend(self, tensor: int) -> Blend:
-        """See `make_blend`; the last one is kept."""
-        known, blend = self._last_blend
-        if blend is None or known != tensor:
-            blend = make_blend(self._plan, tensor)
-            self._last_blend = tensor, blend
-        return blend
+        """See `make_blend`; equal ones are made once."""
+        plan = self._plan
+        numbers = plan.method.coefficients(plan.table.names[tensor])
+        # Fixed numbers are the same object for every tensor. It is kept, so that its id is not another's.
+        key = (id(numbers), plan.in_dtypes[tensor].tobytes(), int(plan.out_dtypes[tensor]))
+        found = self._blends.get(key)
+        if found is None:
+            if len(self._blends) >= _MOST_BLENDS:
+                self._blends.clear()
+            found = self._blends[key] = numbers, make_blend(plan, tensor)
+        return found[1]
 
     def _tile_bytes(self, tile: Tile) -> int:
         return tile.elements * int(self._plan.bytes_each[tile.tensor])

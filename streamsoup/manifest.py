@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup._version import __version__
-from streamsoup.checkpoints import Checkpoint
+from streamsoup.checkpoints import TensorTable
+from streamsoup.dtypes import DTYPES
 from streamsoup.plan import Plan
 from streamsoup.recipe import Recipe
 from streamsoup.units import format_bytes, format_count
@@ -25,37 +26,38 @@ RECIPE_NAME = "recipe.yaml"
 MANIFEST_FORMAT = 1
 
 
-def content_digest(checkpoint: Checkpoint, positions: npt.NDArray[np.intp], digests: npt.NDArray[np.uint64]) -> str:
-    """Digest of all that a checkpoint holds, whatever its shards and the order of its tensors.
+def content_digests(plan: Plan, digests: npt.NDArray[np.uint64]) -> list[str]:
+    """Digests of all that the ingredients of a plan hold, whatever their shards and the order of their tensors.
 
     Parameters
     ----------
-    checkpoint : Checkpoint
-    positions : integer array, shape (tensors,)
-        Position in the checkpoint's table of each tensor.
-    digests : uint64 array, shape (tensors,)
-        Digest of the bytes of each of them.
+    plan : Plan
+    digests : uint64 array, shape (ingredients, tensors)
+        Digests of the bytes of their tensors.
 
     Notes
     -----
-    It tells an ingredient apart from any other by accident, not against an attacker: the digest of a tensor's bytes
-    is 64 bits of a sum that runs at the speed of memory (see ``streamsoup.kernels.hashing``).
+    A digest tells an ingredient apart from any other by accident, not against an attacker: that of a tensor's bytes is
+    64 bits of a sum that runs at the speed of memory (see ``streamsoup.kernels.hashing``).
     """
-    table = checkpoint.table
-    by_name = sorted(range(len(positions)), key=lambda i: table.names[positions[i]])
+    by_name = sorted(range(len(plan.table)), key=lambda i: plan.table.names[i])
+    described: dict[bytes, Any] = {}  # mostly all ingredients have the same dtypes: that takes longer than their bytes
+    found = []
+    for i in range(len(plan.checkpoints)):
+        key = plan.in_dtypes[:, i].tobytes()
+        if key not in described:
+            described[key] = _description(plan.table, plan.in_dtypes[:, i], by_name)
+        digest = described[key].copy()
+        digest.update(digests[i, by_name].astype("<u8").tobytes())
+        found.append(digest.hexdigest())
+    return found
+
+
+def _description(table: TensorTable, dtypes: npt.NDArray[np.uint8], by_name: Sequence[int]) -> Any:
     digest = hashlib.blake2b(digest_size=16)
     for i in by_name:
-        position = int(positions[i])
-        digest.update(f"{table.names[position]}\0{table.dtype(position).name}{table.shape(position)}\0".encode())
-    digest.update(digests[by_name].astype("<u8").tobytes())
-    return digest.hexdigest()
-
-
-def content_digests(plan: Plan, digests: npt.NDArray[np.uint64]) -> list[str]:
-    """Digests of all ingredients of a plan, from those of their tensors, shape (ingredients, tensors)."""
-    everywhere = np.arange(len(plan.table))
-    orders = [everywhere if order is None else order.astype(np.intp) for order in plan.alignment.orders]
-    return [content_digest(c, orders[i], digests[i]) for i, c in enumerate(plan.checkpoints)]
+        digest.update(f"{table.names[i]}\0{DTYPES[int(dtypes[i])].name}{table.shape(i)}\0".encode())
+    return digest
 
 
 def build_manifest(

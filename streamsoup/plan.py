@@ -23,6 +23,7 @@ from streamsoup.methods import Method
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
 
+_WIDE = np.array([d.is_wide for d in DTYPES])
 _WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
@@ -102,8 +103,8 @@ class Plan:
         text = sum(len(name) + 49 for name in self.table.names)
         text += 8 * sum(len(names) for names in {id(t.names): t.names for t in tables.values()}.values())
         orders = sum(o.nbytes for o in self.alignment.orders if o is not None)
-        digests = 8 * len(self.checkpoints) * len(self.table)
-        return packed + text + orders + digests + 21 * len(self.table)
+        digests_and_dtypes = 9 * len(self.checkpoints) * len(self.table)
+        return packed + text + orders + digests_and_dtypes + 21 * len(self.table)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,23 +138,28 @@ class Plan:
         """Output dtype of a tensor."""
         return DTYPES[int(self.out_dtypes[tensor])]
 
+    @cached_property
+    def in_dtypes(self) -> npt.NDArray[np.uint8]:
+        """Dtypes of each tensor in the ingredients, shape (tensors, ingredients)."""
+        found = np.empty((len(self.table), len(self.checkpoints)), np.uint8)
+        for i, (checkpoint, order) in enumerate(zip(self.checkpoints, self.alignment.orders, strict=True)):
+            found[:, i] = checkpoint.table.dtypes if order is None else checkpoint.table.dtypes[order]
+        return found
+
     def in_dtype(self, ingredient: int, tensor: int) -> DType:
         """Dtype of a tensor in one ingredient."""
-        return self.checkpoints[ingredient].table.dtype(self.alignment.position(ingredient, tensor))
+        return DTYPES[int(self.in_dtypes[tensor, ingredient])]
 
     def is_wide(self, tensor: int) -> bool:
         """Whether a tensor needs double-double sums: float64 in an ingredient or in the output."""
-        return self.out_dtype(tensor).is_wide or any(
-            self.in_dtype(i, tensor).is_wide for i in range(len(self.checkpoints))
-        )
+        return bool(_WIDE[self.out_dtypes[tensor]] or _WIDE[self.in_dtypes[tensor]].any())
 
     @cached_property
     def bytes_each(self) -> npt.NDArray[np.int64]:
         """Bytes an element of each tensor in all ingredients together, shape (tensors,)."""
         total = np.zeros(len(self.table), np.int64)
-        for checkpoint, order in zip(self.checkpoints, self.alignment.orders, strict=True):
-            sizes = _ITEMSIZE[checkpoint.table.dtypes]
-            total += sizes if order is None else sizes[order]
+        for column in self.in_dtypes.T:
+            total += _ITEMSIZE[column]
         return total
 
     def tiles_of(self, tensor: int, done: Sequence[tuple[int, int]] = ()) -> Iterator[Tile]:
@@ -174,6 +180,13 @@ class Plan:
         """
         for tensor in np.flatnonzero(_FLOAT[self.out_dtypes] == averaged).tolist():
             yield from self.tiles_of(tensor, (done or {}).get(tensor, ()))
+
+
+def tensor_bytes(checkpoints: Sequence[Checkpoint]) -> float:
+    """Bytes of an average tensor, in all of these checkpoints together."""
+    table = checkpoints[0].table
+    sizes = sum(float(_ITEMSIZE[c.table.dtypes].mean()) if len(c.table) else 0.0 for c in checkpoints)
+    return sizes * float(table.elements.mean()) if len(table) else 0.0
 
 
 def _refuse_extreme(method: Method, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from streamsoup.errors import RecipeError
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients, Linear
-from streamsoup.plan import Plan, make_plan
+from streamsoup.plan import Plan, make_plan, tensor_bytes
 from streamsoup.read import Source, choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.units import parse_bytes
@@ -195,7 +195,7 @@ class Pool:
             out_dtypes=out_dtypes,
             layout=layout,
             budget_bytes=self.budget_bytes,
-            workers=worker_count(options.workers, self.mode),
+            workers=worker_count(options.workers, self.mode, tensor_bytes=tensor_bytes(checkpoints)),
             staged=self.mode == "plain" or options.device != "cpu",
             ahead=self.mode == "ahead",
             reserved_bytes=reserved_bytes,
