@@ -41,12 +41,14 @@ PEERS = {
 _QUIET = {"TQDM_DISABLE": "1"}  # progress bars take time, too; one of mergekit's cannot be turned off
 
 
-def run(folder: Path, *, repeats: int, small: bool, environments: Path) -> dict[str, Any]:
-    """Measure every case, and return its seconds, peaks and shares of correctly rounded elements."""
+def run(folder: Path, *, repeats: int, small: bool, environments: Path, only: str = "") -> dict[str, Any]:
+    """Measure every case (or `only` some, such as ``8-bf16,32-f32``), and say how long, how large and how exact."""
     for name in ENVIRONMENTS:
         python_of(environments, name)  # a missing one is told of before anything is measured
     cases = []
     for ingredients, dtype, preset in SMALL_CASES if small else CASES:
+        if only and f"{ingredients}-{dtype}" not in only.split(","):
+            continue
         runs = folder / "runs"
         paths = make_checkpoints(preset, runs, ingredients=ingredients, dtype=dtype)
         found = _measure(folder, paths, dtype, repeats, environments)

@@ -44,9 +44,10 @@ def main() -> None:
     parser.add_argument(
         "--environments", type=Path, default=DEFAULT_DIR, help="of peers: what benchmarks/environments.py made"
     )
+    parser.add_argument("--only", default="", metavar="N-DTYPE,...", help="of peers: these cases only")
     args = parser.parse_args()
     name = args.case.replace("-", "_")
-    options = {"environments": args.environments} if name == "peers" else {}
+    options = {"environments": args.environments, "only": args.only} if name == "peers" else {}
     before = machine_facts()
     with tempfile.TemporaryDirectory(prefix="streamsoup-bench-", dir=args.dir) as folder:
         case = importlib.import_module(f"case_{name}")

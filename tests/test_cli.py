@@ -139,6 +139,22 @@ def test_an_order_of_ones_own_and_as_given_are_kept(cli, tmp_path):
         assert [i["path"] for i in plan["ingredients"]] == want
 
 
+def test_a_soup_does_not_wait_for_scipy(tmp_path):
+    """numba imports it where it is installed, and nothing here uses it."""
+    runs = fine_tunes(tmp_path, 2)
+    code = (
+        "import sys; from streamsoup.cli import build_parser; "
+        "args = build_parser().parse_args(sys.argv[1:]); code = args.run(args); "
+        "found = [m for m in sys.modules if m.split('.')[0] in ('scipy', 'torch', 'zarr') and sys.modules[m]]; "
+        "print(code, found)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "soup", *runs, "-o", str(tmp_path / "soup"), "--quiet"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "0 []\n", done.stderr
+
+
 def test_dry_run_prints_the_plan_and_leaves_nothing(cli, tmp_path):
     fine_tunes(tmp_path, 3)
     before = sorted(str(p) for p in tmp_path.rglob("*"))

@@ -101,8 +101,11 @@ def run_bench(options: BenchOptions, *, step: Callable[[str], None] = lambda tex
         folder = Path(name)
         checkpoints, what = _checkpoints(options, folder, step)
         bench = _Bench(options, folder, checkpoints, what, step)
+        step("the engine, once: compiling, if need be")
+        # Its memory is measured now: later it would find room that the arrays of the ceilings left in the process.
+        peak = bench.soup().measured_peak_bytes
         found, skipped = bench.ceilings()
-        engine = bench.engine({ceiling.name: ceiling.gb_per_s.median for ceiling in found})
+        engine = bench.engine({ceiling.name: ceiling.gb_per_s.median for ceiling in found}, peak)
     return BenchReport(when, machine, os.getloadavg()[0], tuple(found), tuple(skipped), engine)
 
 
@@ -206,20 +209,19 @@ class _Bench:
             found.append(Ceiling.of(name, how, nbytes, seconds))
         return found, skipped
 
-    def engine(self, best: dict[str, float]) -> EngineFigures:
-        """Measure the engine and its floor, turn by turn."""
+    def engine(self, best: dict[str, float], peak_bytes: int) -> EngineFigures:
+        """Measure the engine and its floor, turn by turn; its peak was measured before."""
         options = self.options
         disk = {name: rate for name, rate in best.items() if name.startswith("disk read")}
         if options.cold and not disk:
             raise StreamsoupError("The files cannot be dropped from the page cache here. Measure them warm.")
         fastest = max(disk, key=lambda name: disk[name]) if disk else ""
         words = "cold" if options.cold else "warm"
-        peak = self._soup().measured_peak_bytes  # compiles, if need be; later runs find memory that was freed
         results, floors, share = list[SoupResult](), list[float](), 0.0
         for number in range(options.repeats):
             self.step(f"the engine, {words}: {number + 1} of {options.repeats}")
             share = drop(self.files) if options.cold else warm(self.files)
-            results.append(self._soup())
+            results.append(self.soup())
             digest = self._hash()
             drop(self.files) if options.cold else warm(self.files)
             floors.append(self._floor(results[0].bytes_written, fastest.removeprefix("disk read, ")))
@@ -247,13 +249,14 @@ class _Bench:
                 if options.cold
                 else "mapped read, then a synced write"
             ),
-            peak_bytes=max(peak, *(r.measured_peak_bytes for r in results)),
+            peak_bytes=max(peak_bytes, *(r.measured_peak_bytes for r in results)),
             projected_peak_bytes=first.projected_peak_bytes,
             budget_bytes=options.budget_bytes or default_budget_bytes(),
             result_hash=digest,
         )
 
-    def _soup(self) -> SoupResult:
+    def soup(self) -> SoupResult:
+        """Make the soup once."""
         out = self.folder / "soup"
         shutil.rmtree(out, ignore_errors=True)
         execution = Execution(

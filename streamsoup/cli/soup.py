@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     from streamsoup.cli.guard import UsageError
     from streamsoup.cli.progress import make_progress
+
+    # numba looks for scipy, whose import takes as long as numba's own. This process is ours, and needs none.
+    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
     from streamsoup.cook import cook, plan_soup, resume
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
