@@ -228,6 +228,42 @@ def test_a_later_ingredient_that_needs_wider_sums_is_refused(tmp_path):
     assert streamsoup.RunningSoup([one, wide], budget_bytes=BUDGET).add(one).add(wide).weight == 2
 
 
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_narrow_tensors_beside_wide_ones_have_the_bits_of_their_soup(tmp_path, place):
+    """A float64 tensor makes all sums double-double, but the soup sums the other tensors in float64."""
+    rng = [np.random.default_rng(i) for i in range(3)]
+    runs = [
+        str(write_checkpoint(tmp_path / f"d{i}", {"w": r.standard_normal(5), "h": spread(r, 9000)}))
+        for i, r in enumerate(rng)
+    ]
+    folder = tmp_path / "sums" if place == "folder" else None
+    with streamsoup.RunningSoup(runs, folder=folder, budget_bytes=BUDGET) as running:
+        for run in runs:
+            running.add(run)
+        assert not running.is_exact
+        assert mean_equals_soup(running, tmp_path)
+    tame = [
+        str(write_checkpoint(tmp_path / f"t{i}", {"w": r.standard_normal(5), "h": tamed(r, 900)}))
+        for i, r in enumerate(rng)
+    ]
+    running = streamsoup.RunningSoup(tame, budget_bytes=BUDGET)
+    for run in tame:
+        running.add(run)
+    assert running.is_exact, "nothing need be read again"
+    assert mean_equals_soup(running, tmp_path)
+
+
+def spread(rng, count):
+    """Finite bfloat16 of all exponents."""
+    found = any_bits(rng, "BF16", (count,))
+    return np.where(np.isfinite(found.astype(np.float32)), found, np.ones_like(found))
+
+
+def tamed(rng, count):
+    """Float16 of like exponents."""
+    return (1 + rng.random(count)).astype(np.float16)
+
+
 def test_a_candidate_of_nothing_or_of_a_senseless_weight_is_refused(tmp_path):
     runs = fine_tunes(tmp_path / "runs", 2)
     running = streamsoup.RunningSoup(runs, budget_bytes=BUDGET).add(runs[0])

@@ -88,7 +88,13 @@ class Entered:
         return Entered(max(self.largest, more.largest), min(self.lowest, more.lowest))
 
 
-def is_exact(terms: Mapping[str, Entered], extents: Mapping[str, Extent], *, digits: int) -> bool:
+def is_exact(
+    terms: Mapping[str, Entered],
+    extents: Mapping[str, Extent],
+    *,
+    digits: int,
+    only: npt.NDArray[np.bool_] | slice = slice(None),
+) -> bool:
     """Whether sums of these terms are exact in any order, in a format of so many significant bits.
 
     Where an ingredient has −0.0 they are not: a sum that passed through another number comes back as +0.0.
@@ -99,17 +105,19 @@ def is_exact(terms: Mapping[str, Entered], extents: Mapping[str, Extent], *, dig
     extents : mapping of path to Extent
     digits : int
         53 for float64, 24 for float32.
+    only : bool array, shape (tensors,), optional
+        The tensors that matter.
     """
     if any(path not in extents for path in terms):
         return False
     total: npt.NDArray[np.float64] | float = 0.0
     unit: npt.NDArray[np.float64] | float = np.inf
     for path, entered in terms.items():
-        extent = extents[path]
-        if extent.negative_zero.any() or (extent.above > 1000).any():
+        above, smallest = extents[path].above[only], extents[path].unit[only]
+        if extents[path].negative_zero[only].any() or (above > 1000).any():
             return False
-        total = total + entered.largest * np.exp2(np.clip(extent.above, -1100, 1020).astype(np.float64))
-        unit = np.minimum(unit, extent.unit + float(entered.lowest))
+        total = total + entered.largest * np.exp2(np.clip(above, -1100, 1020).astype(np.float64))
+        unit = np.minimum(unit, smallest + float(entered.lowest))
     with np.errstate(over="ignore", divide="ignore"):
         return bool(np.all(np.log2(np.maximum(total, 1e-300)) <= unit + digits - 1e-9))
 

@@ -12,6 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import Checkpoint, identify, identity_key, identity_to_json
 from streamsoup.engine import Outcome
@@ -181,10 +184,21 @@ class RunningSoup:
     def is_exact(self) -> bool:
         """Whether `mean` can be taken from the sum: mostly in float64, seldom in float32."""
         if self.pool.sum_dtype.name == "PAIR":
-            return is_plain((m.path for m in self.members), self._extents)
+            paths = [m.path for m in self.members]
+            narrow = self._narrow(paths)
+            return is_plain(paths, self._extents) and (
+                not narrow.any() or is_exact(self._entered, self._extents, digits=53, only=narrow)
+            )
         if self.pool.sum_dtype.name == "SUM64":
             return True
         return is_exact(self._entered, self._extents, digits=24)
+
+    def _narrow(self, paths: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Averaged tensors that a soup of these sums in float64, though the pool's sums are double-double."""
+        checkpoints = [self.pool.open(path) for path in paths]
+        plan = self.plan(checkpoints, Coefficients((1.0,) * len(checkpoints)))
+        wide = np.array([plan.is_wide(t) for t in range(len(plan.table))], np.bool_)
+        return self.pool.averaged & ~wide
 
     def add(self, path: str | Path, weight: float = 1.0) -> RunningSoup:
         """Add an ingredient, or more of one that is in; returns itself.
@@ -217,6 +231,8 @@ class RunningSoup:
         if not self.members:
             return self.candidate_of(members)
         exact = self.is_exact and name not in {m.path for m in self.members}
+        if self.pool.sum_dtype.name == "PAIR" and self._narrow([m.path for m in members]).any():
+            exact = False  # how large the new one's elements are is not known yet
         numbers = Coefficients((1.0, float(weight)), _divisor(members))
         return Candidate(self, members, (self._sum, self.pool.open(name)), numbers, is_exact=exact)
 
