@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from streamsoup.cook import plan_soup as plan_soup
     from streamsoup.cook import resume as resume
     from streamsoup.cook import soup as soup
-    from streamsoup.engine import Progress as Progress
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.execution import Execution as Execution
     from streamsoup.execution import SoupResult as SoupResult
     from streamsoup.greedy_cook import greedy as greedy
     from streamsoup.greedy_cook import resume_greedy as resume_greedy
     from streamsoup.greedy_job import GreedyResult as GreedyResult
+    from streamsoup.outcome import Progress as Progress
     from streamsoup.recipe import Ingredient as Ingredient
     from streamsoup.recipe import Recipe as Recipe
     from streamsoup.recipe import read_recipe as read_recipe
@@ -35,7 +35,7 @@ _HOMES = {
     "Execution": "execution",
     "GreedyResult": "greedy_job",
     "Ingredient": "recipe",
-    "Progress": "engine",
+    "Progress": "outcome",
     "Recipe": "recipe",
     "RunningSoup": "sums",
     "SoupResult": "execution",

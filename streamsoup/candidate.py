@@ -14,11 +14,11 @@ import numpy.typing as npt
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.companions import copy_companions
 from streamsoup.dtypes import DType, parse_float_dtype
-from streamsoup.engine import Outcome
 from streamsoup.errors import DestinationError
 from streamsoup.files import write_durably, writing_to
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients
+from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.sinks import MemorySink, ModuleSink
 from streamsoup.write import FileSink, Sink

@@ -24,7 +24,7 @@ from streamsoup.checkpoints import (
     verify_unchanged,
 )
 from streamsoup.dtypes import DTYPES
-from streamsoup.engine import Engine, Outcome, Progress
+from streamsoup.engine import Engine
 from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import require_space
@@ -32,6 +32,7 @@ from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
 from streamsoup.methods import linear
+from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, make_plan, tensor_bytes
 from streamsoup.read import choose_mode, open_sources
 from streamsoup.recheck import recheck, written_again

@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from streamsoup.backends.protocol import Backend, Blend, Slot
 from streamsoup.dtypes import BY_NAME, DTYPES
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at, same_bytes
 from streamsoup.methods import Coefficients
+from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
+from streamsoup.threads import insist, start
 from streamsoup.tile_queue import TileQueue
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
@@ -34,79 +34,9 @@ _PROGRESS_SECONDS = 0.1
 # costs little work.
 _COMMIT_SECONDS = 0.05
 _MOST_BLENDS = 256
+# Position in the ingredient's table, offset and bytes, as sources want them.
+Place = tuple[int, int, int]
 _ITEMSIZES = np.array([d.itemsize for d in DTYPES], np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is.
-
-    Attributes
-    ----------
-    stage : str
-        ``reduce``, ``sync`` or ``publish``.
-    done_bytes, total_bytes : int
-        Of ingredients; what an interrupted run had done counts too.
-    seconds : float
-        Since the run began.
-    gb_per_s : float
-        Ingredient bytes a second, in 10⁹, in this run.
-    """
-
-    stage: str
-    done_bytes: int
-    total_bytes: int
-    seconds: float
-    gb_per_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run found.
-
-    Attributes
-    ----------
-    digests : uint64 array, shape (ingredients, tensors)
-        Sums of the digests of all blocks of each tensor.
-    nonfinite : dict of (ingredient, tensor) to count
-    overflowed : dict of tensor to count
-    differs : dict of tensor to set of ingredients
-        Copied tensors that are not the same in all ingredients.
-    bytes_read, bytes_written : int
-    stage_seconds : dict of str to float
-        Thread-seconds in ``read``, ``reduce``, ``write``; seconds waited for ``sync``.
-    seconds : float
-        In which tiles were run.
-    """
-
-    digests: npt.NDArray[np.uint64]
-    nonfinite: dict[tuple[int, int], int] = field(default_factory=dict)
-    overflowed: dict[int, int] = field(default_factory=dict)
-    differs: dict[int, set[int]] = field(default_factory=dict)
-    bytes_read: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    stage_seconds: dict[str, float] = field(
-        default_factory=lambda: {"read": 0.0, "reduce": 0.0, "write": 0.0, "sync": 0.0}
-    )
-
-    @staticmethod
-    def empty(plan: Plan) -> Outcome:
-        """Make the outcome of a run that has not begun."""
-        return Outcome(np.zeros((len(plan.checkpoints), len(plan.table)), np.uint64))
-
-    def add(self, record: TileRecord) -> None:
-        """Take in one finished tile."""
-        column = self.digests[:, record.tensor]
-        np.add(column, record.digests, out=column)
-        if record.nonfinite is not None:
-            for ingredient in np.flatnonzero(record.nonfinite).tolist():
-                key = (ingredient, record.tensor)
-                self.nonfinite[key] = self.nonfinite.get(key, 0) + int(record.nonfinite[ingredient])
-        if record.overflowed:
-            self.overflowed[record.tensor] = self.overflowed.get(record.tensor, 0) + record.overflowed
-        if record.differs is not None:
-            self.differs.setdefault(record.tensor, set()).update(np.flatnonzero(record.differs).tolist())
 
 
 class Engine:
@@ -159,7 +89,6 @@ class Engine:
         self._readers: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._idle = threading.Event()
-        self._last_places: tuple[int, list[tuple[int, int]]] = -1, []
         self._blends: dict[tuple[int, bytes, int], tuple[Coefficients, Blend]] = {}
         self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
 
@@ -210,15 +139,15 @@ class Engine:
         ended: list[threading.Event] = []
         try:
             for i, slot in enumerate(self._slots):
-                ended.append(_start(f"streamsoup-{i}", partial(self._work, slot, queue, running)))
-            ended.append(_start("streamsoup-sync", self._keep_syncing))
+                ended.append(start(f"streamsoup-{i}", partial(self._work, slot, queue, running)))
+            ended.append(start("streamsoup-sync", self._keep_syncing))
             while not self._idle.wait(_PROGRESS_SECONDS):
                 self._report("reduce")
         finally:
             self._stop.set()
             queue.cancel()
             # While a thread lives it may use maps and descriptors that the caller is about to close.
-            _insist([*(event.wait for event in ended), queue.settle])
+            insist([*(event.wait for event in ended), queue.settle])
             waiting = time.perf_counter()
             self._commit_finished()
             self.outcome.stage_seconds["sync"] += time.perf_counter() - waiting
@@ -236,9 +165,11 @@ class Engine:
                 if tile is None:
                     break
                 step = self._average if self._plan.is_averaged(tile.tensor) else self._copy
-                step(slot, tile, began)
+                places = self._places(tile)
+                step(slot, tile, places, began)
                 if self._plan.ahead:
-                    self._drop(tile)
+                    for source, place in zip(self._sources, places, strict=True):
+                        source.drop(*place)
         except BaseException as error:  # raised again in the thread that called run
             self._fail(error)
         finally:
@@ -251,24 +182,11 @@ class Engine:
         for source, place in zip(self._sources, self._places(tile), strict=True):
             source.load(*place)
 
-    def _drop(self, tile: Tile) -> None:
-        for source, place in zip(self._sources, self._places(tile), strict=True):
-            source.drop(*place)
-
-    def _places(self, tile: Tile) -> Iterator[tuple[int, int, int]]:
-        """Yield position, offset and bytes of a tile in each ingredient."""
-        for position, itemsize in self._at(tile.tensor):
-            yield position, tile.start * itemsize, tile.elements * itemsize
-
-    def _at(self, tensor: int) -> list[tuple[int, int]]:
-        """Position and itemsize of a tensor in each ingredient; the last one's are kept: its tiles come together."""
-        known, found = self._last_places
-        if known != tensor:
-            sizes = _ITEMSIZES[self._plan.in_dtypes[tensor]].tolist()
-            position = self._plan.alignment.position
-            found = [(position(i, tensor), size) for i, size in enumerate(sizes)]
-            self._last_places = tensor, found
-        return found
+    def _places(self, tile: Tile) -> list[Place]:
+        """Where a tile lies in each ingredient."""
+        sizes = _ITEMSIZES[self._plan.in_dtypes[tile.tensor]].tolist()
+        position = self._plan.alignment.position
+        return [(position(i, tile.tensor), tile.start * size, tile.elements * size) for i, size in enumerate(sizes)]
 
     def _blend(self, tensor: int) -> Blend:
         """See `make_blend`; equal ones are made once."""
@@ -286,7 +204,7 @@ class Engine:
     def _tile_bytes(self, tile: Tile) -> int:
         return tile.elements * int(self._plan.bytes_each[tile.tensor])
 
-    def _average(self, slot: Slot, tile: Tile, began: float) -> None:
+    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
         plan = self._plan
         blend = self._blend(tile.tensor)
         first_block = tile.start // BLOCK_ELEMENTS
@@ -296,7 +214,7 @@ class Engine:
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
             start = time.perf_counter()
-            addresses = self._fetch_group(slot, group, tile, blend)
+            addresses = self._fetch_group(slot, group, places)
             read += time.perf_counter() - start
             token = slot.combine(addresses, blend, first, tile.elements, first_block, room)
         assert token is not None
@@ -314,7 +232,7 @@ class Engine:
         )
         self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
 
-    def _copy(self, slot: Slot, tile: Tile, began: float) -> None:
+    def _copy(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
         plan, count = self._plan, len(self._plan.checkpoints)
         itemsize = plan.out_dtype(tile.tensor).itemsize
         nbytes = tile.elements * itemsize
@@ -323,7 +241,7 @@ class Engine:
         digests = np.zeros(count, np.uint64)
         differs = np.zeros(count, np.bool_)
         for i in range(count):
-            address = self._fetch(slot, i, tile, itemsize, staging_index=0)
+            address = self._fetch(slot, i, places[i], staging_index=0)
             if i == 0:
                 first[:] = bytes_at(address, nbytes)
             else:
@@ -334,26 +252,21 @@ class Engine:
         record = TileRecord(tile.tensor, tile.start, tile.elements, digests, differs=differs if differs.any() else None)
         self._finish(record, count * itemsize, itemsize, began, reduced - began, reduced)
 
-    def _fetch_group(self, slot: Slot, group: range, tile: Tile, blend: Blend) -> list[int]:
+    def _fetch_group(self, slot: Slot, group: range, places: Sequence[Place]) -> list[int]:
         """Bring a group of ingredients into reach.
 
         Readers take one piece at a time from one queue, so that each file is read nearly in order, and all files at
         once; workers that read their own tiles, several files each, got half the rate from a cold disk.
         """
         if self._readers is None or not self._plan.staged:
-            return [self._fetch(slot, i, tile, blend.itemsizes[i], staging_index=i - group.start) for i in group]
-        pieces = [
-            self._readers.submit(self._fetch, slot, i, tile, blend.itemsizes[i], staging_index=i - group.start)
-            for i in group
-        ]
+            return [self._fetch(slot, i, places[i], staging_index=i - group.start) for i in group]
+        pieces = [self._readers.submit(self._fetch, slot, i, places[i], staging_index=i - group.start) for i in group]
         wait(pieces)  # all of them, even if one fails: nothing may write into the slot later
         return [piece.result() for piece in pieces]
 
-    def _fetch(self, slot: Slot, ingredient: int, tile: Tile, itemsize: int, *, staging_index: int) -> int:
-        position, _ = self._at(tile.tensor)[ingredient]
-        nbytes = tile.elements * itemsize
-        staging = slot.staging(staging_index, nbytes)
-        return self._sources[ingredient].fetch(position, tile.start * itemsize, nbytes, staging)
+    def _fetch(self, slot: Slot, ingredient: int, place: Place, *, staging_index: int) -> int:
+        staging = slot.staging(staging_index, place[2])
+        return self._sources[ingredient].fetch(*place, staging)
 
     def _finish(
         self, record: TileRecord, read_itemsize: int, itemsize: int, began: float, read: float, reduced: float
@@ -407,38 +320,6 @@ class Engine:
             self._fail(error)
 
 
-def _start(name: str, function: Callable[[], None]) -> threading.Event:
-    """Run a function in a thread of its own; returns an event that is set when it has ended.
-
-    `Thread.join` will not do: in Python 3.11 and 3.12 one that is interrupted takes the thread for ended.
-    """
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            function()
-        finally:
-            ended.set()
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return ended
-
-
-def _insist(waits: Sequence[Callable[[], object]]) -> None:
-    """Do all of these to the end, however often somebody interrupts; the first interrupt is raised afterwards."""
-    interrupt: BaseException | None = None
-    for wait_for in waits:
-        ended = False
-        while not ended:
-            try:
-                wait_for()
-                ended = True
-            except (KeyboardInterrupt, SystemExit) as error:
-                interrupt = interrupt or error
-    if interrupt is not None:
-        raise interrupt
-
-
 def make_blend(plan: Plan, tensor: int) -> Blend:
     """Gather the numbers with which a tensor is combined."""
     numbers = plan.method.coefficients(plan.table.names[tensor])
@@ -452,5 +333,5 @@ def make_blend(plan: Plan, tensor: int) -> Blend:
         hashed=np.array([d.index < len(BY_NAME) for d in dtypes], np.uint8),
         out_code=out.kernel_code,
         out_itemsize=out.itemsize,
-        wide=plan.is_wide(tensor),
+        wide=bool(plan.wide[tensor]),
     )

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamsoup.engine import Progress
 from streamsoup.errors import RecipeError
+from streamsoup.outcome import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from streamsoup.engine import Outcome
 from streamsoup.errors import MismatchError, NonFiniteError
+from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 
 _NAMED = 3  # ingredients in one sentence

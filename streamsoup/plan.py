@@ -150,9 +150,10 @@ class Plan:
         """Dtype of a tensor in one ingredient."""
         return DTYPES[int(self.in_dtypes[tensor, ingredient])]
 
-    def is_wide(self, tensor: int) -> bool:
-        """Whether a tensor needs double-double sums: float64 in an ingredient or in the output."""
-        return bool(_WIDE[self.out_dtypes[tensor]] or _WIDE[self.in_dtypes[tensor]].any())
+    @cached_property
+    def wide(self) -> npt.NDArray[np.bool_]:
+        """Which tensors need double-double sums (float64 in an ingredient or in the output), shape (tensors,)."""
+        return _WIDE[self.out_dtypes] | _WIDE[self.in_dtypes].any(axis=1)
 
     @cached_property
     def bytes_each(self) -> npt.NDArray[np.int64]:

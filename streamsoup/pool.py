@@ -14,11 +14,12 @@ from streamsoup.backends.protocol import Backend
 from streamsoup.budget import default_budget_bytes, worker_count
 from streamsoup.checkpoints import Checkpoint, open_checkpoints
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
-from streamsoup.engine import Engine, Outcome, Progress
+from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients, Linear
+from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, make_plan, tensor_bytes
 from streamsoup.read import Source, choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES

@@ -13,10 +13,11 @@ from streamsoup.backends import open_backend
 from streamsoup.checkpoints import open_checkpoints
 from streamsoup.cook import plan_soup
 from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
-from streamsoup.engine import Engine, Outcome
+from streamsoup.engine import Engine
 from streamsoup.errors import BudgetError
 from streamsoup.execution import Execution
 from streamsoup.methods import linear
+from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan, make_plan
 from streamsoup.read import open_sources
 from streamsoup.recipe import make_recipe

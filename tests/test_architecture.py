@@ -17,10 +17,10 @@ PACKAGE = Path(streamsoup.__file__).resolve().parent
 ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
-    _version errors units dtypes kernels maps open_files
+    _version errors units dtypes kernels maps open_files threads
     files recipe checkpoints methods tiling budget journal score rules
     align layout plan manifest
-    windows read write backends companions
+    windows read write backends companions outcome
     tile_queue engine sinks
     findings workspace execution side_files recheck
     cook pool candidate sums scorebook

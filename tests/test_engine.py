@@ -18,8 +18,9 @@ from reference import assert_within_bound, exact_bits, one
 from simmer import MemorySink, plan_for, simmer
 
 from streamsoup.backends import open_backend
-from streamsoup.engine import Engine, Progress
+from streamsoup.engine import Engine
 from streamsoup.errors import DiskSpaceError, IngredientReadError, RecipeError
+from streamsoup.outcome import Progress
 from streamsoup.read import MappedSource, Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 

@@ -90,6 +90,6 @@ def test_fingerprint_tells_names_apart_that_run_together(tmp_path):
 def test_only_tensors_that_meet_a_float64_are_summed_wide(tmp_path):
     tensors = {"a": np.zeros(2, np.float64), "b": np.zeros(2, np.float32)}
     plan = plan_of([write_checkpoint(tmp_path / "r", tensors)])
-    assert {plan.table.names[t]: plan.is_wide(t) for t in range(2)} == {"a": True, "b": False}
+    assert {plan.table.names[t]: bool(plan.wide[t]) for t in range(2)} == {"a": True, "b": False}
     plan = plan_of([tmp_path / "r"], dtype="float64")
-    assert all(plan.is_wide(t) for t in range(2))
+    assert all(bool(plan.wide[t]) for t in range(2))

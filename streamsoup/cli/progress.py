@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamsoup.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from streamsoup.engine import Progress
+    from streamsoup.outcome import Progress
 
 _LINE_SECONDS = 10.0
 

@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import Checkpoint, identify, identity_key, identity_to_json
-from streamsoup.engine import Outcome
 from streamsoup.errors import BudgetError, ChangedIngredientError, DestinationError, RecipeError, ResumeError
 from streamsoup.files import lock_folder
 from streamsoup.manifest import content_digests
 from streamsoup.methods import Coefficients
 from streamsoup.open_files import OpenFiles
+from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import Source, open_source
@@ -197,8 +197,7 @@ class RunningSoup:
         """Averaged tensors that a soup of these sums in float64, though the pool's sums are double-double."""
         checkpoints = [self.pool.open(path) for path in paths]
         plan = self.plan(checkpoints, Coefficients((1.0,) * len(checkpoints)))
-        wide = np.array([plan.is_wide(t) for t in range(len(plan.table))], np.bool_)
-        return self.pool.averaged & ~wide
+        return self.pool.averaged & ~plan.wide
 
     def add(self, path: str | Path, weight: float = 1.0) -> RunningSoup:
         """Add an ingredient, or more of one that is in; returns itself.
