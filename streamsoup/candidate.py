@@ -99,7 +99,8 @@ class Candidate:
         MismatchError
             If names or shapes do not fit; the module is then unchanged.
         StreamsoupError
-            If an ingredient cannot be read, or has NaN or infinity; the module is then partly overwritten. Load again.
+            If an ingredient cannot be read, has NaN or infinity, or buffers that differ; the module is then partly
+            overwritten. Load again.
         """
         self.stream(ModuleSink(module, self.plan, strict=strict))
 

@@ -27,7 +27,7 @@ from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult
-from streamsoup.files import require_space
+from streamsoup.files import existing_parent, require_space
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
@@ -173,7 +173,7 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
     plan, mode = plan_soup(recipe, out, execution)
     if execution.restart:
         workspace.remove()
-    require_space(_existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
+    require_space(existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
     workspace.refuse_unfinished()
     job = {
         "id": uuid.uuid4().hex,
@@ -208,12 +208,9 @@ def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: st
         If an ingredient is no longer what it was.
     """
     began = time.perf_counter()
-    workspace = Workspace(destination_of(out))
-    workspace.hold()
-    try:
+    with Workspace(destination_of(out)) as workspace:
+        workspace.hold()
         return _resume(workspace, execution or Execution(), nonfinite, began)
-    finally:
-        workspace.release()
 
 
 def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
@@ -387,7 +384,3 @@ def _notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())

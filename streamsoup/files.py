@@ -6,7 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from streamsoup.errors import DestinationError, DiskSpaceError, ResumeError, StreamsoupError
@@ -95,6 +95,28 @@ def lock_folder(folder: Path) -> int:
         os.close(fd)
         raise ResumeError(f"{folder}: another process is at work on it. Wait until it ends.")
     return fd
+
+
+def require_space_at(needs: Iterable[tuple[Path, int]]) -> None:
+    """Check that there is room in several places; what lies on one file system is added up.
+
+    Raises
+    ------
+    DiskSpaceError
+    """
+    found: dict[int, tuple[Path, int]] = {}
+    for path, nbytes in needs:
+        folder = existing_parent(path)
+        first, so_far = found.get(device := folder.stat().st_dev, (folder, 0))
+        found[device] = first, so_far + nbytes
+    for folder, nbytes in found.values():
+        require_space(folder, nbytes)
+
+
+def existing_parent(path: Path) -> Path:
+    """Return a folder, or the nearest above it that exists."""
+    absolute = Path(os.path.abspath(path))
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.files import lock_folder, require_space, writing_to
+from streamsoup.files import lock_folder, require_space_at, writing_to
 from streamsoup.forecast import Forecast, sum_on_disk
 from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
 from streamsoup.greedy_loop import GreedyLoop
@@ -133,7 +133,9 @@ def cook_greedy(
                     f"{folder}: holds a greedy soup already. Go on with `streamsoup greedy --resume {folder}`, or "
                     "choose another work folder."
                 )
-            require_space(folder, Forecast.of(pool, on_disk=sum_on_disk(pool, folder)).disk_bytes)
+            forecast = Forecast.of(pool, on_disk=sum_on_disk(pool, folder))
+            needs = [(folder, forecast.sums_bytes), (Path(job.candidates or folder), forecast.candidate_bytes)]
+            require_space_at([*needs, (Path(job.out), forecast.output_bytes)] if job.out else needs)
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
         if folder is not None:
             write_job(folder, job, identities)

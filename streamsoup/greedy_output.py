@@ -51,42 +51,47 @@ def publish_soup(
     Path
     """
     assert job.out is not None
-    workspace = Workspace(destination_of(job.out))
-    workspace.create()  # over what a crash while publishing left: the decision is not in it
-    try:
-        _fill(workspace, job, running, result, identities, written, before, bring, changed_by)
+    with Workspace(destination_of(job.out)) as workspace:
+        workspace.create()  # over what a crash while publishing left: the decision is not in it
+        _write_weights(workspace, running, result.members, written, bring)
+        notes = []
+        if before is not None:
+            before(workspace.soup)
+            notes.append(f"Changed after averaging by: {job.before_command}")
+        elif changed_by is not None:
+            notes.append(f"Candidates were changed before they were scored by {changed_by}; this soup was not.")
+        _describe(workspace, job, running, result.members, identities, notes)
+        write_durably(workspace.soup / "decisions.json", json.dumps(result.to_json(), indent=1))
         workspace.publish(overwrite=job.overwrite)
-    finally:
-        workspace.release()
-    return workspace.destination.path
+        return workspace.destination.path
 
 
-def _fill(
+def _write_weights(
     workspace: Workspace,
-    job: GreedyJob,
     running: RunningSoup,
-    result: GreedyResult,
-    identities: Mapping[str, Sequence[Mapping[str, Any]]],
+    members: tuple[Member, ...],
     written: Candidate | None,
-    before: Callable[[Path], None] | None,
     bring: Callable[[tuple[Member, ...]], None],
-    changed_by: str | None,
 ) -> None:
-    """Put the files of the soup into a workspace."""
-    members, pool = result.members, running.pool
     moved = written is not None and written.is_exact and written.members == members and _move(written, workspace)
-    with FileSink(workspace.soup, pool.layout, existing=moved) as sink:
+    with FileSink(workspace.soup, running.pool.layout, existing=moved) as sink:
         if not moved:
             _exact(running, members, bring).stream(sink)
         sink.sync()
     for member in members:  # the sum may hold what a file no longer does
-        verify_unchanged(pool.open(member.path))
-    notes = []
-    if before is not None:
-        before(workspace.soup)
-        notes.append(f"Changed after averaging by: {job.before_command}")
-    elif changed_by is not None:
-        notes.append(f"Candidates were changed before they were scored by {changed_by}; this soup was not.")
+        verify_unchanged(running.pool.open(member.path))
+
+
+def _describe(
+    workspace: Workspace,
+    job: GreedyJob,
+    running: RunningSoup,
+    members: tuple[Member, ...],
+    identities: Mapping[str, Sequence[Mapping[str, Any]]],
+    notes: Sequence[str],
+) -> None:
+    """Write recipe, manifest and model card beside the weights."""
+    pool = running.pool
     recipe = Recipe(
         tuple(Ingredient(m.path, m.weight) for m in members),
         dtype=job.pool.dtype,
@@ -95,10 +100,9 @@ def _fill(
         nonfinite=job.pool.nonfinite,
     )
     checkpoints = [pool.open(m.path) for m in members]
-    plan = pool.plan(checkpoints, Coefficients(tuple(m.weight for m in members)))
     write_side_files(
         workspace,
-        plan,
+        pool.plan(checkpoints, Coefficients(tuple(m.weight for m in members))),
         recipe,
         identities=[identities[m.path] for m in members],
         digests=[running.content_digests.get(m.path, "") for m in members],
@@ -106,7 +110,6 @@ def _fill(
         notes=notes,
         job_id=job.id,
     )
-    write_durably(workspace.soup / "decisions.json", json.dumps(result.to_json(), indent=1))
 
 
 def _exact(running: RunningSoup, members: tuple[Member, ...], bring: Callable[[tuple[Member, ...]], None]) -> Candidate:

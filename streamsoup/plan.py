@@ -289,7 +289,6 @@ def make_plan(
         ingredients=len(checkpoints),
         in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),
         out_itemsize=int(_ITEMSIZE[out_dtypes].max(initial=1)),
-        sum_itemsize=16 if wide else 8,
         staged=staged,
         ahead=ahead,
         reserved_bytes=reserved_bytes,

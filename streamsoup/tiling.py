@@ -13,6 +13,8 @@ MIB = 1 << 20
 FIXED_BYTES = 6 * MIB
 # A thread's stack is private writable memory, whether or not it is touched.
 STACK_BYTES = 8 * MIB
+# A partial sum between groups is the float64 accumulator itself.
+PARTIAL_ITEMSIZE = 8
 # Threads that read: a disk needs several requests in flight, and more than these only disturb its read-ahead.
 READERS = 4
 # Threads that read windows of maps ahead; the kernel keeps the disk busy for each.
@@ -26,8 +28,8 @@ class TileNeeds:
     Attributes
     ----------
     ingredients : int
-    in_itemsize, out_itemsize, sum_itemsize : int
-        Widest bytes an element of an ingredient, of the output, and of a partial sum.
+    in_itemsize, out_itemsize : int
+        Widest bytes an element of an ingredient, and of the output.
     staged : bool
         Whether ingredients are read into buffers of ours (and not through a map).
     largest_elements : int
@@ -46,7 +48,6 @@ class TileNeeds:
     ingredients: int
     in_itemsize: int
     out_itemsize: int
-    sum_itemsize: int
     staged: bool
     largest_elements: int
     ahead: bool = False
@@ -94,7 +95,7 @@ class Tiling:
 def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
     """Bytes of one slot: staged ingredients, the output tile, a source's buffer, partial sums between groups."""
     staged = group * needs.in_itemsize if needs.staged else 0
-    partial = needs.sum_itemsize if group < needs.ingredients else 0
+    partial = PARTIAL_ITEMSIZE if group < needs.ingredients else 0
     return tile_elements * (staged + needs.out_itemsize + partial + needs.buffer_itemsize)
 
 

@@ -178,6 +178,12 @@ class Workspace:
         fd = lock_folder(self.folder)
         self._lock = fd
 
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     @property
     def is_held(self) -> bool:
         """Whether a process, this one included, is at work on the folder."""

@@ -443,6 +443,35 @@ def test_resuming_takes_everything_from_the_work_folder(kitchen, monkeypatch):
     assert kitchen.asked() == before
 
 
+@pytest.mark.parametrize("full", ["work", "ram", "elsewhere"])
+def test_every_disk_that_will_be_written_to_must_have_room(kitchen, monkeypatch, full):
+    for name in ("work", "ram", "elsewhere"):
+        (kitchen.folder / name).mkdir()
+    real, stat = os.statvfs, Path.stat
+    none = lambda path: os.statvfs_result([*real(path)[:4], 0, *real(path)[5:]])  # noqa: E731
+    monkeypatch.setattr(os, "statvfs", lambda path: none(path) if Path(path).name == full else real(path))
+    # As if each lay on a file system of its own.
+    monkeypatch.setattr(Path, "stat", lambda self, **k: OwnDisk(stat(self, **k), self))
+    arguments = kitchen.arguments("--workdir", kitchen.folder / "work", "--candidates", kitchen.folder / "ram")
+    arguments[arguments.index("-o") + 1] = kitchen.folder / "elsewhere" / "soup"
+    code, out, err = kitchen(*arguments, "--sums", "disk")
+    assert (code, out) == (1, "")
+    assert f"{kitchen.folder / full}: " in err
+    assert "are needed, 0 B are free" in err
+    assert kitchen.asked() == []
+
+
+class OwnDisk:
+    """A stat result with a device number of the folder's own."""
+
+    def __init__(self, found, path):
+        self._found = found
+        self.st_dev = hash(str(path))
+
+    def __getattr__(self, name):
+        return getattr(self._found, name)
+
+
 def test_the_given_order_is_the_one_that_was_given(kitchen):
     runs = kitchen.runs
     first = [*runs[1:], runs[0]] if runs == sorted(runs) else runs

@@ -14,7 +14,6 @@ needs = st.builds(
     ingredients=st.integers(1, 2000),
     in_itemsize=st.sampled_from([1, 2, 4, 8]),
     out_itemsize=st.sampled_from([1, 2, 4, 8]),
-    sum_itemsize=st.sampled_from([8, 16]),
     staged=st.booleans(),
     largest_elements=st.integers(0, 2**40),
     ahead=st.booleans(),
@@ -56,7 +55,7 @@ def test_a_larger_budget_is_never_refused_where_a_smaller_one_does(needs, budget
 def test_the_message_names_budget_and_least_in_words_that_work():
     from streamsoup.units import parse_bytes
 
-    needs = TileNeeds(8, 2, 2, 8, True, 10**9)
+    needs = TileNeeds(8, 2, 2, True, 10**9)
     with pytest.raises(BudgetError, match=r"1 MiB is too small.*--budget") as caught:
         choose_tiling(needs, budget_bytes=MIB, workers=2)
     words = str(caught.value).rpartition("--budget ")[2].rstrip(".")
@@ -65,7 +64,7 @@ def test_the_message_names_budget_and_least_in_words_that_work():
 
 
 def test_when_n_tiles_do_not_fit_tiles_shrink_first_and_groups_come_last():
-    needs = TileNeeds(512, 2, 2, 8, True, 10**9)
+    needs = TileNeeds(512, 2, 2, True, 10**9)
     sizes = [choose_tiling(needs, budget_bytes=b * MIB, workers=2) for b in (4096, 512, 128, 48, 24, 16)]
     assert [t.tile_elements * t.group for t in sizes] == sorted(
         (t.tile_elements * t.group for t in sizes), reverse=True
@@ -75,14 +74,14 @@ def test_when_n_tiles_do_not_fit_tiles_shrink_first_and_groups_come_last():
 
 
 def test_tiles_are_no_larger_than_the_largest_tensor():
-    tiling = choose_tiling(TileNeeds(2, 2, 2, 8, True, 5000), budget_bytes=2**33, workers=2)
+    tiling = choose_tiling(TileNeeds(2, 2, 2, True, 5000), budget_bytes=2**33, workers=2)
     assert tiling.tile_elements == 3 * BLOCK_ELEMENTS
 
 
 @given(ingredients=st.integers(1, 5000))
 def test_mapped_ingredients_cost_nothing_each(ingredients):
-    one = TileNeeds(1, 2, 2, 8, False, 10**9)
-    many = TileNeeds(ingredients, 2, 2, 8, False, 10**9)
+    one = TileNeeds(1, 2, 2, False, 10**9)
+    many = TileNeeds(ingredients, 2, 2, False, 10**9)
     budget = 64 * MIB
     first, second = (choose_tiling(n, budget_bytes=budget, workers=2).peak_bytes for n in (one, many))
     assert first == second

@@ -12,7 +12,7 @@ from streamsoup.backends.protocol import Blend, Combined, Token
 from streamsoup.kernels import codes
 from streamsoup.kernels import combine as kernels
 from streamsoup.maps import address_of
-from streamsoup.tiling import Tiling
+from streamsoup.tiling import PARTIAL_ITEMSIZE, Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,13 @@ class CpuSlot:
         out_itemsize: int,
         ingredients: int,
         staged: bool,
-        wide: bool,
     ) -> None:
         tile = tiling.tile_elements
         stride = tile * in_itemsize
         self._staging = [np.empty(stride, np.uint8) for _ in range(tiling.group)] if staged else None
         self._output = np.empty(tile * out_itemsize, np.uint8)
         grouped = tiling.group < ingredients
-        self._partial = np.empty(tile * (16 if wide else 8), np.uint8) if grouped else None
+        self._partial = np.empty(tile * PARTIAL_ITEMSIZE, np.uint8) if grouped else None
         self._digests = np.zeros(ingredients, np.uint64)
         self._nonfinite = np.zeros(ingredients, np.int64)
         self._overflowed = 0
@@ -114,10 +113,9 @@ class _Group:
         hashed = blend.hashed[first:stop]
         if partial is None:
             return _Group(sources, kinds, weights, hashed, 0)
-        code = codes.PAIR if blend.wide else codes.F64
         return _Group(
             np.concatenate([np.array([partial.ctypes.data], np.uint64), sources]),
-            np.concatenate([np.array([code], np.uint8), kinds]),
+            np.concatenate([np.array([codes.F64], np.uint8), kinds]),
             np.concatenate([np.ones(1), weights]),
             np.concatenate([np.zeros(1, np.uint8), hashed]),
             1,
@@ -135,8 +133,7 @@ class _Group:
         nonfinite: npt.NDArray[np.int64],
     ) -> int:
         assert out is not None
-        partial_code = codes.PAIR if blend.wide else codes.F64
-        out_code = blend.out_code if last else partial_code
+        out_code = blend.out_code if last else codes.F64
         divisor = blend.divisor if last else (1.0, 0.0)
         found_digests = np.zeros(len(self.sources), np.uint64)
         found_nonfinite = np.zeros(len(self.sources), np.int64)
@@ -163,12 +160,8 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._wide = False
-
     def prepare(self, *, wide: bool, fp8: bool) -> None:
         """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
-        self._wide = wide
         code = codes.F8_E4M3 if fp8 else codes.BF16
         one = np.zeros(8, np.uint8)
         for is_wide in {False, wide}:
@@ -183,7 +176,7 @@ class CpuBackend:
                 is_wide,
             )
             tiling = Tiling(1, 1, 1, 0)
-            slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False, wide=is_wide)
+            slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False)
             slot.combine([one.ctypes.data], blend, 0, 1, 0)
         kernels.digest(one.ctypes.data, 8, 8, 0)
 
@@ -195,7 +188,6 @@ class CpuBackend:
             out_itemsize=out_itemsize,
             ingredients=ingredients,
             staged=staged,
-            wide=self._wide,
         )
 
     def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:

@@ -90,10 +90,9 @@ class TorchSlot:
         if first:
             assert self._partial is not None
             sources.insert(0, self._partial)
-            kinds.insert(0, codes.PAIR if blend.wide else codes.F64)
+            kinds.insert(0, codes.F64)
             weights.insert(0, 1.0)
             carried = 1
-        partial_code = codes.PAIR if blend.wide else codes.F64
         divisor = blend.divisor if last else (1.0, 0.0)
         function: Any = torch_combine.combine_wide if blend.wide else torch_combine.combine
         output, digests, nonfinite, overflowed = function(
@@ -102,7 +101,7 @@ class TorchSlot:
             weights,
             *(divisor if blend.wide else divisor[:1]),
             first_block,
-            blend.out_code if last else partial_code,
+            blend.out_code if last else codes.F64,
             [False] * carried + blend.hashed[first:stop].astype(bool).tolist(),
         )
         self.digests[first:stop] += digests.cpu().numpy().view(np.uint64)[carried:]
