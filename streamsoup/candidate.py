@@ -26,7 +26,8 @@ from streamsoup.write import FileSink, Sink
 if TYPE_CHECKING:
     import torch
 
-    from streamsoup.sums.running import Member, RunningSoup
+    from streamsoup.sums.members import Member
+    from streamsoup.sums.running import RunningSoup
 
 
 _MARK = ".streamsoup-candidate"

@@ -23,6 +23,7 @@ FLOORS = """
     windows read write backends companions outcome
     tile_queue engine sinks
     findings workspace execution side_files recheck
+    making
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
     picture

@@ -481,7 +481,7 @@ def test_an_old_soup_is_never_taken_for_the_new_one(kitchen, tmp_path, monkeypat
     assert weights_bytes(out) == old
     assert not partial.exists()
     with monkeypatch.context() as patch:  # killed after writing the job, before the first file of the soup
-        patch.setattr("streamsoup.cook._Cook.run", lambda self: os._exit(9))
+        patch.setattr("streamsoup.making.Making.run", lambda self: os._exit(9))
         if not (child := os.fork()):
             streamsoup.soup(runs, out, overwrite=True)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -7,7 +7,6 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,11 @@ from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import Source, open_source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import GenerationStore
+from streamsoup.sums.members import Member, checked_weight, divisor_of, merge
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
 from streamsoup.units import format_binary
 
 _DIGITS = {"SUM64": 53, "SUM32": 24}
-# Weights beyond 2^±100 might overflow a sum whose quotient does not.
-_LARGEST_EXPONENT = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """An ingredient in a sum, with its merged weight."""
-
-    path: str
-    weight: float
 
 
 class RunningSoup:
@@ -206,7 +196,7 @@ class RunningSoup:
         ------
         MismatchError, NonFiniteError, CheckpointError
         """
-        return self._change(str(path), _checked(weight))
+        return self._change(str(path), checked_weight(weight))
 
     def remove(self, path: str | Path, weight: float | None = None) -> RunningSoup:
         """Take an ingredient out again, or some of its weight; returns itself.
@@ -219,12 +209,12 @@ class RunningSoup:
         present = {m.path: m.weight for m in self.members}
         if str(path) not in present:
             raise RecipeError(f"{path}: is not in the running soup. Remove what was added.")
-        return self._change(str(path), -(present[str(path)] if weight is None else _checked(weight)))
+        return self._change(str(path), -(present[str(path)] if weight is None else checked_weight(weight)))
 
     def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
         """Return the soup with one more (or, with a negative weight, less) ingredient; nothing is read yet."""
         name = str(path)
-        members = merge(self.members, name, math.copysign(_checked(abs(weight)), weight))
+        members = merge(self.members, name, math.copysign(checked_weight(abs(weight)), weight))
         if not members:
             raise RecipeError(f"{path}: without it the soup would be empty. Keep one ingredient at least.")
         if not self.members:
@@ -232,7 +222,7 @@ class RunningSoup:
         exact = self.is_exact and name not in {m.path for m in self.members}
         if self.pool.sum_dtype.name == "PAIR" and self._narrow([m.path for m in members]).any():
             exact = False  # how large the new one's elements are is not known yet
-        numbers = Coefficients((1.0, float(weight)), _divisor(members))
+        numbers = Coefficients((1.0, float(weight)), divisor_of(members))
         return Candidate(self, members, (self._sum, self.pool.open(name)), numbers, is_exact=exact)
 
     def mean(self) -> Candidate:
@@ -247,7 +237,9 @@ class RunningSoup:
             raise RecipeError("The running soup is empty. Add an ingredient first.")
         if not self.is_exact:
             return self.candidate_of(self.members)
-        return Candidate(self, self.members, (self._sum,), Coefficients((1.0,), _divisor(self.members)), is_exact=True)
+        return Candidate(
+            self, self.members, (self._sum,), Coefficients((1.0,), divisor_of(self.members)), is_exact=True
+        )
 
     def alone(self, path: str | Path) -> Candidate:
         """Return the soup of one ingredient."""
@@ -256,7 +248,7 @@ class RunningSoup:
     def candidate_of(self, members: tuple[Member, ...]) -> Candidate:
         """Return the soup of any members, to be made from them and not from the sum."""
         checkpoints = tuple(self.pool.open(m.path) for m in members)
-        numbers = Coefficients(tuple(m.weight for m in members), _divisor(members))
+        numbers = Coefficients(tuple(m.weight for m in members), divisor_of(members))
         return Candidate(self, members, checkpoints, numbers, is_exact=True)
 
     def _change(self, path: str, weight: float) -> RunningSoup:
@@ -410,30 +402,3 @@ class RunningSoup:
         if not running.restore(members):
             raise ResumeError(f"{folder}: the running sum is damaged. Make it anew from its ingredients.")
         return running
-
-
-def merge(members: Sequence[Member], path: str, weight: float) -> tuple[Member, ...]:
-    """Add weight to a member (a new one comes last); one whose weight becomes zero goes.
-
-    Raises
-    ------
-    RecipeError
-        If the weight would become negative.
-    """
-    merged = {m.path: m.weight for m in members}
-    merged[path] = merged.get(path, 0.0) + weight
-    if merged[path] < 0:
-        raise RecipeError(f"{path}: only {merged[path] - weight:g} of it can be removed, not {-weight:g}.")
-    return tuple(Member(p, w) for p, w in merged.items() if w)
-
-
-def _divisor(members: Sequence[Member]) -> tuple[float, float]:
-    total = sum((Fraction(m.weight) for m in members), Fraction(0))
-    high = float(total)
-    return high, float(total - Fraction(high))
-
-
-def _checked(weight: float) -> float:
-    if not math.isfinite(weight) or weight <= 0 or abs(math.frexp(weight)[1]) > _LARGEST_EXPONENT:
-        raise RecipeError(f"Weight {weight!r}: a running soup takes positive weights between 2^-100 and 2^100.")
-    return float(weight)

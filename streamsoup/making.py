@@ -1,0 +1,158 @@
+"""One soup in the making: reduce, check what was found, write what lies beside the weights, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from streamsoup.backends.protocol import Backend
+from streamsoup.budget import PeakSampler
+from streamsoup.checkpoints import verify_unchanged
+from streamsoup.dtypes import DTYPES
+from streamsoup.engine import Engine
+from streamsoup.errors import MismatchError
+from streamsoup.execution import Execution, SoupResult
+from streamsoup.findings import check_copied, check_finite
+from streamsoup.journal import Journal
+from streamsoup.manifest import content_digests
+from streamsoup.outcome import Outcome
+from streamsoup.plan import Plan
+from streamsoup.read import open_sources
+from streamsoup.recheck import recheck, written_again
+from streamsoup.recipe import Recipe
+from streamsoup.side_files import write_side_files
+from streamsoup.workspace import Workspace
+from streamsoup.write import FileSink
+
+_log = logging.getLogger(__name__)
+_COMPILE_NOTICE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """One soup in the making."""
+
+    plan: Plan
+    mode: str
+    recipe: Recipe
+    workspace: Workspace
+    job: dict[str, Any]
+    backend: Backend
+    execution: Execution
+    began: float
+
+    def run(self) -> SoupResult:
+        plan, execution = self.plan, self.execution
+        dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
+        dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
+        with _notice(execution.on_compile):
+            self.backend.prepare(wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes))
+        with PeakSampler() as sampler:
+            outcome = self._reduce(sampler)
+        for checkpoint in plan.checkpoints:
+            verify_unchanged(checkpoint)
+        notes = check_copied(plan, outcome, self.recipe.buffers)
+        notes += check_finite(plan, outcome, self.recipe.nonfinite)
+        for note in notes:
+            _log.warning(note)
+        digests = content_digests(plan, outcome.digests)
+        write_side_files(
+            self.workspace,
+            plan,
+            self.recipe,
+            identities=self.job["identities"],
+            digests=digests,
+            device=self.backend.name,
+            notes=notes,
+            job_id=self.job["id"],
+        )
+        self.workspace.publish(overwrite=execution.overwrite)
+        return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=tuple(digests), notes=tuple(notes))
+
+    def _reduce(self, sampler: PeakSampler) -> Outcome:
+        plan = self.plan
+        with (
+            Journal(self.workspace.journal_path) as journal,
+            open_sources(plan.checkpoints, self.mode) as sources,
+        ):
+            begun = not journal.is_empty
+            for i, checkpoint in enumerate(plan.checkpoints):
+                if begun and written_again(checkpoint, self.job["identities"][i]):
+                    recheck(plan, i, sources[i], self.backend, journal.read())
+            with FileSink(self.workspace.soup, plan.layout, existing=begun) as sink:
+                engine = Engine(
+                    plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
+                )
+                done = engine.resume(journal.read())
+                engine.run(plan.tiles(averaged=False, done=done))
+                check_copied(plan, engine.outcome, self.recipe.buffers)
+                engine.run(plan.tiles(averaged=True, done=done))
+                sampler.sample()
+                return engine.outcome
+
+    def result(
+        self, outcome: Outcome, *, measured_peak_bytes: int, digests: tuple[str, ...], notes: tuple[str, ...]
+    ) -> SoupResult:
+        plan = self.plan
+        stages = dict(outcome.stage_seconds)
+        waited = {k: v / (1 if k == "sync" else plan.tiling.workers) for k, v in stages.items()}
+        return SoupResult(
+            path=self.workspace.destination.path,
+            ingredients=len(plan.checkpoints),
+            tensors=len(plan.table),
+            parameters=plan.parameters,
+            bytes_read=outcome.bytes_read,
+            bytes_written=outcome.bytes_written,
+            seconds=time.perf_counter() - self.began,
+            engine_seconds=outcome.seconds,
+            projected_peak_bytes=plan.projected_peak_bytes,
+            measured_peak_bytes=measured_peak_bytes,
+            metadata_bytes=plan.metadata_bytes,
+            read_mode=self.mode,
+            device=self.backend.name,
+            workers=plan.tiling.workers,
+            stage_seconds=stages,
+            limited_by=max(waited, key=lambda stage: waited[stage]),
+            content_digests=digests,
+            notes=notes,
+        )
+
+
+@contextlib.contextmanager
+def keep_or_remove(workspace: Workspace, *, keep: bool) -> Iterator[None]:
+    """On a failure, keep the work that was done and say where it is; or leave nothing."""
+    try:
+        yield
+    except BaseException as error:
+        journal = workspace.journal_path
+        begun = journal.exists() and journal.stat().st_size > 0
+        if keep and begun and not isinstance(error, MismatchError):
+            error.add_note(
+                f"Unfinished work is kept in {workspace.folder}; go on with "
+                f"`streamsoup soup --resume {workspace.destination.path}`."
+            )
+        else:
+            workspace.remove()
+        raise
+    finally:
+        workspace.release()
+
+
+@contextlib.contextmanager
+def _notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
+    """Call back if the block takes so long that it must be compiling."""
+    if on_compile is None:
+        yield
+        return
+    timer = threading.Timer(_COMPILE_NOTICE_SECONDS, on_compile)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
