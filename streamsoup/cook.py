@@ -17,9 +17,9 @@ from streamsoup.checkpoints import (
     identity_to_json,
     open_checkpoints,
 )
-from streamsoup.errors import ChangedIngredientError
+from streamsoup.errors import ChangedIngredientError, ResumeError
 from streamsoup.execution import Execution, SoupResult
-from streamsoup.files import existing_parent, require_space
+from streamsoup.files import boot_id, existing_parent, require_space
 from streamsoup.making import Making, keep_or_remove
 from streamsoup.methods import linear
 from streamsoup.outcome import Progress
@@ -49,6 +49,7 @@ def soup(
     overwrite: bool = False,
     keep: bool = True,
     restart: bool = False,
+    durable: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> SoupResult:
     """Average checkpoints into one, tile by tile, under a byte budget.
@@ -74,7 +75,7 @@ def soup(
         What to do about NaN or infinity.
     budget_bytes : int or str, optional
         What the engine may own, such as ``"512MiB"``; by default a quarter of what is free, at most 2 GiB.
-    device, workers, read_mode, overwrite, keep, restart, progress
+    device, workers, read_mode, overwrite, keep, restart, durable, progress
         See `Execution`.
 
     Returns
@@ -111,6 +112,7 @@ def soup(
         overwrite=overwrite,
         keep=keep,
         restart=restart,
+        durable=durable,
         progress=progress,
     )
     return cook(recipe, out, execution)
@@ -165,6 +167,7 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
         "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
         "fingerprint": plan.fingerprint,
         "overwrite": execution.overwrite,
+        "boot": None if execution.durable else boot_id(),
         "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
     }
     workspace.create()
@@ -181,7 +184,7 @@ def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: st
     out : path
         The destination of the interrupted run.
     execution : Execution, optional
-        May differ from the interrupted run's in everything.
+        May differ from the interrupted run's in everything; but what is resumed is always durable.
     nonfinite : {"error", "warn", "allow"}, optional
         Instead of the recipe's, after a run that stopped for NaN or infinity.
 
@@ -203,10 +206,15 @@ def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, b
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
         recipe = replace(recipe, nonfinite=nonfinite)
+    if job["boot"] not in (None, boot_id()):
+        raise ResumeError(
+            f"{workspace.folder}: was begun without waiting for the disk (--no-sync), and the machine has restarted "
+            "since: its work may be damaged. Begin anew with --restart."
+        )
     if workspace.is_published(job["id"]):
         return _published_result(workspace, execution, began)
     backend = open_backend(execution.device)
-    execution = replace(execution, overwrite=execution.overwrite or job["overwrite"])
+    execution = replace(execution, overwrite=execution.overwrite or job["overwrite"], durable=True)
     plan, mode = plan_soup(recipe, workspace.destination.path, execution, resuming=True)
     cook = Making(plan, mode, recipe, workspace, job, backend, execution, began)
     if plan.fingerprint != job["fingerprint"]:

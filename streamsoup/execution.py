@@ -29,6 +29,9 @@ class Execution:
         Keep unfinished work after a failure.
     restart : bool
         Throw away unfinished work of an earlier run.
+    durable : bool
+        Wait until the weights are on the disk. Without it a crash of the program still loses nothing, but one of the
+        machine may leave a soup that looks finished and is not.
     progress : callable taking a `Progress`, optional
         An exception from it stops the run.
     on_compile : callable, optional
@@ -42,6 +45,7 @@ class Execution:
     overwrite: bool = False
     keep: bool = True
     restart: bool = False
+    durable: bool = True
     progress: Callable[[Progress], None] | None = None
     on_compile: Callable[[], None] | None = None
 

@@ -38,12 +38,13 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int) -> None:
         done += os.pwrite(fd, buffer[done:], offset + done)
 
 
-def append_durably(fd: int, raw: bytes) -> None:
-    """Add bytes at the end of a file, all of them or none."""
+def append_whole(fd: int, raw: bytes, *, durable: bool = True) -> None:
+    """Add bytes at the end of a file, all of them or none; if `durable`, wait for the disk."""
     end = os.lseek(fd, 0, os.SEEK_END)
     try:
         pwrite_all(fd, memoryview(raw), end)
-        os.fdatasync(fd)
+        if durable:
+            os.fdatasync(fd)
     except OSError:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, end)  # a torn piece would hide all that comes after it
@@ -72,6 +73,14 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def boot_id() -> str:
+    """Tell this start of the machine from every other; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
 
 
 def lock_folder(folder: Path) -> int:

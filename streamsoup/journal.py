@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.files import append_durably, writing_to
+from streamsoup.files import append_whole, writing_to
 
 _FRAME = struct.Struct("<II")
 
@@ -50,10 +50,18 @@ class TileRecord:
 
 
 class Journal:
-    """Appends finished tiles to a file. Whoever has the workspace has the journal."""
+    """Appends finished tiles to a file. Whoever has the workspace has the journal.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    path : Path
+    durable : bool
+        Wait for the disk at each append.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
         self._path = path
+        self._durable = durable
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     @property
@@ -77,13 +85,13 @@ class Journal:
         os.ftruncate(self._fd, position)
 
     def append(self, records: Sequence[TileRecord]) -> None:
-        """Add records durably. What they speak of must be durable already."""
+        """Add records; if they are to be durable, what they speak of must be durable already."""
         if not records:
             return
         payload = _encode(records)
         frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
         with writing_to(self._path):
-            append_durably(self._fd, frame)
+            append_whole(self._fd, frame, durable=self._durable)
 
     def close(self) -> None:
         """Release the file."""

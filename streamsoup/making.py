@@ -71,20 +71,20 @@ class Making:
             notes=notes,
             job_id=self.job["id"],
         )
-        self.workspace.publish(overwrite=execution.overwrite)
+        self.workspace.publish(overwrite=execution.overwrite, durable=execution.durable)
         return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=tuple(digests), notes=tuple(notes))
 
     def _reduce(self, sampler: PeakSampler) -> Outcome:
         plan = self.plan
         with (
-            Journal(self.workspace.journal_path) as journal,
+            Journal(self.workspace.journal_path, durable=self.execution.durable) as journal,
             open_sources(plan.checkpoints, self.mode) as sources,
         ):
             begun = not journal.is_empty
             for i, checkpoint in enumerate(plan.checkpoints):
                 if begun and written_again(checkpoint, self.job["identities"][i]):
                     recheck(plan, i, sources[i], self.backend, journal.read())
-            with FileSink(self.workspace.soup, plan.layout, existing=begun) as sink:
+            with FileSink(self.workspace.soup, plan.layout, existing=begun, durable=self.execution.durable) as sink:
                 engine = Engine(
                     plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
                 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamsoup.files import append_durably, writing_to
+from streamsoup.files import append_whole, writing_to
 from streamsoup.score import Scores
 from streamsoup.sums import Member
 
@@ -105,6 +105,6 @@ class ScoreBook:
         with writing_to(self.path):
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
-                append_durably(fd, json.dumps(row).encode() + b"\n")
+                append_whole(fd, json.dumps(row).encode() + b"\n")
             finally:
                 os.close(fd)

@@ -27,7 +27,7 @@ from streamsoup.write import move_file, move_folder
 FILE_SUFFIX = ".safetensors"
 JOB_FORMAT = 1
 _NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace
-_JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "identities"}
+_JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "boot", "identities"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +255,10 @@ class Workspace:
             return {}
         return manifest if isinstance(manifest, dict) else {}
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Put the finished soup into its place and remove the workspace."""
+    def publish(self, *, overwrite: bool, durable: bool = True) -> None:
+        """Put the finished soup into its place and remove the workspace; if `durable`, wait for the disk before."""
         target = self.destination.path
-        for path in (*self.soup.rglob("*"), self.soup):
+        for path in (*self.soup.rglob("*"), self.soup) if durable else ():
             sync(path)
         if self.destination.is_file:
             # The weights last: whoever waits for them finds the files beside them complete.
@@ -269,7 +269,8 @@ class Workspace:
             old = move_folder(self.soup, target, overwrite=overwrite)
             if old is not None and old != self.soup:
                 _remove(old)
-        sync(target.parent)
+        if durable:
+            sync(target.parent)
         self.remove()
 
     def remove(self) -> None:

@@ -85,22 +85,24 @@ def test_table_of_the_peers_renders_figures_and_failures(monkeypatch):
     case_peers = importlib.import_module("case_peers")
 
     def tool(seconds: float, share: float) -> dict:
-        keys = ("process_seconds", "engine_seconds", "engine_without_last_sync_seconds")
+        keys = ("process_seconds", "engine_seconds")
         medians = {key: {"median": seconds / (1 + number)} for number, key in enumerate(keys)}
         sizes = {"owned_bytes": 3 << 20, "resident_bytes": 5 << 20}
         return {**medians, **sizes, "share_correctly_rounded": share, "share_equal_to_ours": share}
 
     peers = {peer: tool(3.0, 0.9999999) for peer in case_peers.PEERS if peer != "sd-mecha"}
     case = {"ingredients": 8, "dtype": "bf16", "preset": "tiny", "read_bytes": 2_000_000_000}
-    case |= {"failures": {"sd-mecha": "exit code -9"}, "tools": {"ours": tool(1.5, 1.0), **peers}}
+    case |= {
+        "failures": {"sd-mecha": "exit code -9"},
+        "tools": {"ours": tool(2.5, 1.0), "ours-unsynced": tool(1.5, 1.0), **peers},
+    }
     rows = dict(case_peers.table({"versions": {"torch": "2.13.0"}, "cases": [case]}))
     assert rows["**8 x bf16**"] == "tiny, 2.00 GB, warm"
-    assert rows["8 x bf16: ours"] == (
-        "1.50 s (synced); engine 0.75 s (synced), 0.50 s without the last sync; owned 3 MiB (resident 5); 100 % correct"
-    )
+    sizes = "owned 3 MiB (resident 5)"
+    assert rows["8 x bf16: ours, durable"] == f"2.50 s; engine 1.25 s; {sizes}; 100 % correct"
+    assert rows["8 x bf16: ours, not synced"] == f"1.50 s; engine 0.75 s; {sizes}; 100 % correct"
     assert rows["8 x bf16: torch.stack().mean()"] == (
-        "3.00 s = 2.0 x ours; engine 1.50 s = 3.0 x ours without the last sync; "
-        "owned 3 MiB (resident 5); 99.999 % correct"
+        f"3.00 s = 2.0 x ours; engine 1.50 s = 2.0 x; {sizes}; 99.999 % correct"
     )
     assert rows["8 x bf16: sd-mecha, n_average"] == "failed: exit code -9"
 

@@ -407,6 +407,41 @@ def test_every_file_and_name_is_durable_before_the_soup_takes_its_place(tmp_path
     assert inode(tmp_path) in synced, "the name of the soup is durable too"
 
 
+@pytest.mark.parametrize("out", ["soup", "soup.safetensors"])
+def test_without_durability_no_weight_is_waited_for_and_the_bits_are_the_same(tmp_path, monkeypatch, out):
+    runs = fine_tunes(tmp_path / "in", 2)
+    streamsoup.soup(runs, tmp_path / "durable.safetensors")
+    waited = []
+    fsync, fdatasync = os.fsync, os.fdatasync
+    monkeypatch.setattr(os, "fsync", lambda fd: waited.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: waited.append(os.readlink(f"/proc/self/fd/{fd}")) or fdatasync(fd))
+    streamsoup.soup(runs, tmp_path / out, durable=False)
+    assert not [name for name in waited if name.endswith((".safetensors", "journal"))]
+    made = tmp_path / out if out.endswith("rs") else tmp_path / out / "model.safetensors"
+    assert made.read_bytes() == (tmp_path / "durable.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_was_begun_without_durability_is_resumed_only_before_the_machine_restarts(
+    tmp_path, monkeypatch, restarted
+):
+    runs = fine_tunes(tmp_path / "in", 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamsoup.making.write_side_files", full)
+        with pytest.raises(OSError, match="No space"):
+            streamsoup.soup(runs, tmp_path / "soup", durable=False)
+    if restarted:
+        monkeypatch.setattr("streamsoup.cook.boot_id", lambda: "another start")
+        with pytest.raises(ResumeError, match=r"machine has restarted.*--restart"):
+            streamsoup.resume(tmp_path / "soup")
+    else:
+        streamsoup.resume(tmp_path / "soup")
+        streamsoup.soup(runs, tmp_path / "whole")
+        same = [tmp_path / name / "model.safetensors" for name in ("soup", "whole")]
+        assert same[0].read_bytes() == same[1].read_bytes()
+
+
 # -- a full disk -------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,9 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
     how.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
+    how.add_argument(
+        "--no-sync", action="store_true", help="do not wait for the disk: a crash of the machine may damage the soup"
+    )
     how.add_argument("--no-keep", action="store_true", help="leave nothing behind after a failure")
     show = parser.add_argument_group("what to show")
     show.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -114,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError("--resume takes everything from the interrupted run; give it alone.")
             if args.restart:
                 raise UsageError("--restart throws away the work that --resume goes on with. Give one of them.")
+            if args.no_sync:
+                raise UsageError("--resume always waits for the disk. Leave --no-sync out.")
             if args.dtype or args.shard_size or args.buffers or args.coefficients or args.as_given:
                 raise UsageError(
                     "--resume keeps --dtype, --shard-size, --buffers and --coefficients of the interrupted run; for "
@@ -162,6 +167,7 @@ def _execution(args: argparse.Namespace, progress: Any) -> Execution:
         overwrite=args.overwrite,
         keep=not args.no_keep,
         restart=args.restart,
+        durable=not args.no_sync,
         progress=progress,
         on_compile=progress.compiling,
     )
