@@ -20,7 +20,19 @@ from .finishing import finish
 from .hashing import block_digest, settle
 from .lanes import store_u64
 
-__all__ = ["MARKS", "PAUSE", "PLACES", "SLOTS", "SPARE", "STAGE", "block_part", "digest_rest", "means", "survey"]
+__all__ = [
+    "MARKS",
+    "PAUSE",
+    "PLACES",
+    "SLOTS",
+    "SPARE",
+    "STAGE",
+    "add_sources",
+    "block_part",
+    "digest_rest",
+    "means",
+    "survey",
+]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 
@@ -103,7 +115,7 @@ def _add_f8(sources, code, factors, first, run, begin, count, acc, fresh, scratc
 
 
 @numba.njit(nogil=True, inline="always")
-def _add_all(sources, codes, weights, begin, start, count, acc, scratch, slots):
+def add_sources(sources, codes, weights, begin, start, count, acc, scratch, slots):
     """Sum all sources over a part of a block into the accumulators, a group of sources of one dtype at a time."""
     first, n = 0, len(sources)
     while first < n:
@@ -132,5 +144,5 @@ def _add_all(sources, codes, weights, begin, start, count, acc, scratch, slots):
 @numba.njit(nogil=True, inline="always")
 def block_part(sources, codes, weights, begin, start, count, goal, out_code, division, acc, scratch, slots, encoder):
     """Combine `count` elements from the block's element `start`, and tell whether a result is not finite."""
-    _add_all(sources, codes, weights, begin, start, count, acc, scratch, slots)
+    add_sources(sources, codes, weights, begin, start, count, acc, scratch, slots)
     return finish(acc, count, goal + np.uint64(start * _SIZES[out_code]), out_code, division, encoder)

@@ -23,7 +23,17 @@ from .hashing import block_digest
 from .lanes import load_u8, load_u64, ones, trailing_zeros
 from .rounding import DIVIDE, MULTIPLY
 
-__all__ = ["combine_loop", "digest_loop", "division", "fingerprint", "limits", "scratch", "sum_loop", "wide_loop"]
+__all__ = [
+    "built",
+    "combine_loop",
+    "digest_loop",
+    "division",
+    "fingerprint",
+    "limits",
+    "scratch",
+    "sum_loop",
+    "wide_loop",
+]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
@@ -167,11 +177,22 @@ def _build_sum(stamp: int) -> Any:
     return loop
 
 
+def _measuring(name: str) -> Any:
+    def build(stamp: int) -> Any:
+        from . import native_measuring
+
+        return getattr(native_measuring, f"build_{name}")(stamp)
+
+    return build
+
+
 _BUILDERS = {"combine": _build_combine, "wide": _build_wide, "digest": _build_digest, "sum": _build_sum}
+_BUILDERS |= {name: _measuring(name) for name in ("decode", "gram", "histograms", "uniform")}
 _BUILT: dict[str, Any] = {}
 
 
-def _built(name: str) -> Any:
+def built(name: str) -> Any:
+    """Return a compiled loop by its name; the first call compiles it or loads it from numba's cache."""
     with _LOCK:
         if name not in _BUILT:
             _BUILT[name] = _BUILDERS[name](fingerprint())
@@ -180,19 +201,19 @@ def _built(name: str) -> Any:
 
 def combine_loop() -> Any:
     """Return the compiled loop of `combine`; the first call compiles it or loads it from numba's cache."""
-    return _built("combine")
+    return built("combine")
 
 
 def wide_loop() -> Any:
     """Return the compiled loop of `combine_wide`."""
-    return _built("wide")
+    return built("wide")
 
 
 def digest_loop() -> Any:
     """Return the compiled loop of `digest`."""
-    return _built("digest")
+    return built("digest")
 
 
 def sum_loop() -> Any:
     """Return the compiled loop of `read_sum`."""
-    return _built("sum")
+    return built("sum")

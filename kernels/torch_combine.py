@@ -24,7 +24,7 @@ from .fp8 import FORMATS, decode
 from .torch_digest import digest
 from .torch_pairs import add_pairs, divide_pairs, round_scaled, scale_of, times, to_odd
 
-__all__ = ["combine", "combine_wide", "digest"]
+__all__ = ["bad", "combine", "combine_wide", "digest", "encode", "widen"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _FLOATS = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32, F64: torch.float64, PAIR: torch.float64}
@@ -43,7 +43,7 @@ def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
     return raw.view(dtype)
 
 
-def _widen(raw: Tensor, code: int) -> Tensor:
+def widen(raw: Tensor, code: int) -> Tensor:
     """Return a tile of bytes as float64 (the high halves of a PAIR)."""
     if code in FORMATS:
         return _table(code, raw.device)[raw.long()]
@@ -51,7 +51,7 @@ def _widen(raw: Tensor, code: int) -> Tensor:
     return values[::2] if code == PAIR else values.double()
 
 
-def _bad(raw: Tensor, code: int) -> Tensor:
+def bad(raw: Tensor, code: int) -> Tensor:
     """Tell which elements are NaN or infinite."""
     bits = _typed(raw, _INTEGERS[ITEMSIZE[code]])
     if code == PAIR:
@@ -84,7 +84,7 @@ def _encode_f8(q: Tensor, code: int) -> Tensor:
     return torch.where(size.isnan(), form.nan, signed).to(torch.uint8)
 
 
-def _encode(q: Tensor, code: int) -> Tensor:
+def encode(q: Tensor, code: int) -> Tensor:
     """Round float64 once to `code` and return the bytes, NaNs canonical."""
     if code in FORMATS:
         return _encode_f8(q, code)
@@ -109,9 +109,9 @@ def _inspect(
     for k, (raw, code) in enumerate(zip(sources, codes, strict=True)):
         if hashed[k]:
             digests[k] = digest(raw, ITEMSIZE[code], first_block)
-        bad = _bad(raw, code)
-        counts[k] = bad.sum()
-        marks |= bad
+        found = bad(raw, code)
+        counts[k] = found.sum()
+        marks |= found
     return digests, counts, marks
 
 
@@ -148,12 +148,12 @@ def combine(
     digests, counts, marks = _inspect(sources, codes, first_block, hashed)
     total: Tensor | None = None
     for raw, code, weight in zip(sources, codes, weights, strict=True):
-        product = _widen(raw, code) * weight
+        product = widen(raw, code) * weight
         total = product if total is None else total + product
     if total is None:
         raise ValueError("combine: no sources; pass at least one")
-    out = _encode(total / torch.full_like(total, divisor), out_code)
-    overflowed = int((_bad(out, out_code) & ~marks).sum())
+    out = encode(total / torch.full_like(total, divisor), out_code)
+    overflowed = int((bad(out, out_code) & ~marks).sum())
     return out, digests, counts, overflowed
 
 
@@ -174,7 +174,7 @@ def combine_wide(
     Memory: about twenty float64 tiles. Source: see `pairs`.
     """
     digests, counts, marks = _inspect(sources, codes, first_block, hashed)
-    values = [_widen(raw, code) for raw, code in zip(sources, codes, strict=True)]
+    values = [widen(raw, code) for raw, code in zip(sources, codes, strict=True)]
     largest = values[0].abs()
     for value in values[1:]:
         largest = torch.fmax(largest, value.abs())
@@ -198,10 +198,10 @@ def combine_wide(
     if out_code == PAIR:
         value = q / scale
         rest = torch.where(value.isfinite(), q_low / scale, 0.0)
-        out = _encode(torch.stack([value, rest], dim=1).reshape(-1), F64)
+        out = encode(torch.stack([value, rest], dim=1).reshape(-1), F64)
     elif out_code == F64:
-        out = _encode(round_scaled(q, q_low, scale), F64)
+        out = encode(round_scaled(q, q_low, scale), F64)
     else:
-        out = _encode(to_odd(q, q_low) / scale, out_code)
-    overflowed = int((_bad(out, out_code) & ~marks).sum())
+        out = encode(to_odd(q, q_low) / scale, out_code)
+    overflowed = int((bad(out, out_code) & ~marks).sum())
     return out, digests, counts, overflowed

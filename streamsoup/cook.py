@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streamsoup.backends import open_backend
 from streamsoup.budget import default_budget_bytes, worker_count
@@ -21,7 +22,10 @@ from streamsoup.errors import ChangedIngredientError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
 from streamsoup.making import Making, keep_or_remove
-from streamsoup.methods import linear
+from streamsoup.methods import Method, linear
+from streamsoup.methods.parameters import Parameters
+from streamsoup.methods.registry import Given, make_method
+from streamsoup.methods.selected import select
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan, make_plan, tensor_bytes
 from streamsoup.read import choose_mode
@@ -38,6 +42,12 @@ def soup(
     *,
     weights: Sequence[float] | None = None,
     coefficients: Sequence[float] | None = None,
+    method: str = "linear",
+    base: str | Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    importances: Sequence[str | Path] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     dtype: str | None = None,
     shard_size: int | str = "5GB",
     buffers: str = "identical",
@@ -65,6 +75,19 @@ def soup(
         One for each ingredient, divided by their sum; by default all are equal.
     coefficients : sequence of float, optional
         Applied as given, instead of weights.
+    method : str
+        How to combine them: ``linear`` (uniform or weighted), ``slerp``, ``model_stock``, ``ties`` ...; see
+        docs/methods.md.
+    base : path, optional
+        What they were fine-tuned from, where the method wants it. It then stands in the first one's place: it gives
+        names, dtypes and configuration files.
+    parameters : mapping, optional
+        Of the method, such as ``{"density": 0.3}``; by name pattern, and by layer, as in
+        `streamsoup.methods.parameters`.
+    importances : sequence of path, optional
+        One for each ingredient, for the method ``fisher``.
+    include, exclude : sequence of str
+        Shell patterns of tensor names; the others are taken from the first checkpoint as they are.
     dtype : str, optional
         Float dtype of the output, such as ``bfloat16``.
     shard_size : int or str
@@ -99,6 +122,12 @@ def soup(
         paths,
         weights=weights,
         coefficients=coefficients,
+        method=method,
+        base=None if base is None else str(base),
+        parameters=dict(parameters or {}),
+        importances=importances,
+        include=tuple(include),
+        exclude=tuple(exclude),
         dtype=dtype,
         shard_bytes=parse_bytes(shard_size),
         buffers=buffers,
@@ -118,6 +147,25 @@ def soup(
     return cook(recipe, out, execution)
 
 
+def parameters_of(recipe: Recipe) -> Parameters:
+    """Gather the settings of a recipe."""
+    return Parameters(recipe.parameters, tuple(i.parameters for i in recipe.ingredients))
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Make the method of a recipe.
+
+    Raises
+    ------
+    RecipeError
+    """
+    weights = tuple(i.weight for i in recipe.ingredients)
+    if recipe.method == "linear" and not recipe.parameters and not any(i.parameters for i in recipe.ingredients):
+        return linear(weights, normalize=recipe.normalize, name=recipe.label)
+    given = Given(recipe.method, weights, recipe.normalize, recipe.base is not None, parameters_of(recipe))
+    return make_method(given)
+
+
 def plan_soup(
     recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False
 ) -> tuple[Plan, str]:
@@ -128,8 +176,11 @@ def plan_soup(
     StreamsoupError
     """
     destination = None if out is None else destination_of(out)
-    method = linear([i.weight for i in recipe.ingredients], normalize=recipe.normalize, name=recipe.method)
-    checkpoints = open_checkpoints([i.path for i in recipe.ingredients])
+    method = method_of(recipe)
+    checkpoints = open_checkpoints(recipe.checkpoints)
+    names = checkpoints[0].table.names
+    method, touched = select(method, recipe.include, recipe.exclude, names, len(checkpoints))
+    touched = [*touched, *parameters_of(recipe).touched(names)]
     mode = choose_mode(checkpoints, execution.read_mode)
     plan = make_plan(
         checkpoints,
@@ -141,6 +192,7 @@ def plan_soup(
         workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
         staged=mode == "plain" or execution.device != "cpu",
         ahead=mode == "ahead",
+        touched=touched,
     )
     if destination is not None:
         check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)

@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import numpy as np
 
-from streamsoup.backends.protocol import Backend, Blend, Slot
+from streamsoup.asked import Asked
+from streamsoup.backends.protocol import Backend, Blend, Combined, Portion, Slot
 from streamsoup.dtypes import BY_NAME, DTYPES
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at, same_bytes
+from streamsoup.measurement import Measurement
 from streamsoup.methods import Coefficients
+from streamsoup.methods.protocol import Elementwise, Rule
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
@@ -36,6 +39,8 @@ _COMMIT_SECONDS = 0.05
 _MOST_BLENDS = 256
 # Position in the ingredient's table, offset and bytes, as sources want them.
 Place = tuple[int, int, int]
+# What a worker does with a tile.
+Step = Callable[[Slot, Tile, Sequence[Place], float], None]
 _ITEMSIZES = np.array([d.itemsize for d in DTYPES], np.int64)
 
 
@@ -56,6 +61,8 @@ class Engine:
     Attributes
     ----------
     outcome : Outcome
+    known : object
+        What the method measured of all tensors together.
 
     Notes
     -----
@@ -74,6 +81,7 @@ class Engine:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.outcome = Outcome.empty(plan)
+        self.known: object = None
         self._plan = plan
         self._backend = backend
         self._sources = sources
@@ -86,6 +94,10 @@ class Engine:
         self._error: BaseException | None = None
         self._sync_failed = False
         self._already_bytes = 0
+        self._swept_bytes = 0
+        self._again = self._drops = False
+        self._rules: Mapping[int, Rule] = {}
+        self._ones = Coefficients((1.0,) * len(plan.checkpoints))
         self._readers: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._idle = threading.Event()
@@ -115,31 +127,60 @@ class Engine:
                 ranges.append((record.start, record.elements))
         return done
 
-    def run(self, tiles: Iterable[Tile]) -> Outcome:
+    def run(self, tiles: Iterable[Tile], rules: Mapping[int, Rule] | None = None, *, again: bool = False) -> Outcome:
         """Do these tiles, and return when their bytes are durable.
 
         On an error or an interrupt, tiles that were finished are still committed before it is raised.
+
+        Parameters
+        ----------
+        tiles : iterable of Tile
+        rules : mapping of tensor to Coefficients or Elementwise, optional
+            What was found by `measure`; for other tensors the method is asked, and what it wants is measured, which
+            takes tiles that hold whole tensors.
+        again : bool
+            The bytes were read by a sweep before, and kept.
         """
+        self._rules = rules or {}
+        return self._sweep(tiles, self._do, again=again, last=True)
+
+    def measure(
+        self, tiles: Iterable[Tile], measurements: Mapping[int, Measurement], *, again: bool = False, keep: bool = True
+    ) -> None:
+        """Measure these tiles, each for the measurement of its tensor.
+
+        Parameters
+        ----------
+        tiles : iterable of Tile
+        measurements : mapping of tensor to Measurement
+        again : bool
+            The bytes were read by a sweep before, and kept.
+        keep : bool
+            They will be wanted again soon.
+        """
+        self._sweep(tiles, partial(self._measure, measurements), again=again, last=not keep)
+
+    def _sweep(self, tiles: Iterable[Tile], step: Step, *, again: bool, last: bool) -> Outcome:
         tiling = self._plan.tiling
+        self._again, self._drops = again, last and self._plan.ahead
         with contextlib.ExitStack() as stack:
             self._readers, loaders = (
                 stack.enter_context(ThreadPoolExecutor(count, f"streamsoup-{name}")) if count else None
                 for name, count in (("read", tiling.readers), ("load", tiling.loaders))
             )
-            return self._run(tiles, loaders)
+            return self._run(tiles, step, loaders)
 
-    def _run(self, tiles: Iterable[Tile], loaders: ThreadPoolExecutor | None) -> Outcome:
+    def _run(self, tiles: Iterable[Tile], step: Step, loaders: ThreadPoolExecutor | None) -> Outcome:
         began = time.perf_counter()
-        queue = TileQueue(
-            tiles, load=self._load if self._plan.ahead else None, nbytes=self._tile_bytes, readers=loaders
-        )
+        load = self._load if self._plan.ahead and not self._again else None
+        queue = TileQueue(tiles, load=load, nbytes=self._tile_bytes, readers=loaders)
         self._stop.clear()
         self._idle.clear()
         running = [len(self._slots)]
         ended: list[threading.Event] = []
         try:
             for i, slot in enumerate(self._slots):
-                ended.append(start(f"streamsoup-{i}", partial(self._work, slot, queue, running)))
+                ended.append(start(f"streamsoup-{i}", partial(self._work, slot, queue, step, running)))
             ended.append(start("streamsoup-sync", self._keep_syncing))
             while not self._idle.wait(_PROGRESS_SECONDS):
                 self._report("reduce")
@@ -157,17 +198,16 @@ class Engine:
             raise self._error
         return self.outcome
 
-    def _work(self, slot: Slot, tiles: TileQueue, running: list[int]) -> None:
+    def _work(self, slot: Slot, tiles: TileQueue, step: Step, running: list[int]) -> None:
         try:
             while not self._stop.is_set():
                 began = time.perf_counter()
                 tile = tiles.take()
                 if tile is None:
                     break
-                step = self._average if self._plan.is_averaged(tile.tensor) else self._copy
                 places = self._places(tile)
                 step(slot, tile, places, began)
-                if self._plan.ahead:
+                if self._drops:
                     for source, place in zip(self._sources, places, strict=True):
                         source.drop(*place)
         except BaseException as error:  # raised again in the thread that called run
@@ -188,25 +228,100 @@ class Engine:
         position = self._plan.alignment.position
         return [(position(i, tile.tensor), tile.start * size, tile.elements * size) for i, size in enumerate(sizes)]
 
-    def _blend(self, tensor: int) -> Blend:
+    def _blend(self, tensor: int, numbers: Coefficients) -> Blend:
         """See `make_blend`; equal ones are made once."""
         plan = self._plan
-        numbers = plan.method.coefficients(plan.table.names[tensor])
-        # Fixed numbers are the same object for every tensor. It is kept, so that its id is not another's.
+        # Fixed numbers are mostly the same object. It is kept, so that its id is not another's.
         key = (id(numbers), plan.in_dtypes[tensor].tobytes(), int(plan.out_dtypes[tensor]))
         found = self._blends.get(key)
         if found is None:
             if len(self._blends) >= _MOST_BLENDS:
                 self._blends.clear()
-            found = self._blends[key] = numbers, make_blend(plan, tensor)
+            found = self._blends[key] = numbers, make_blend(plan, tensor, numbers)
         return found[1]
 
     def _tile_bytes(self, tile: Tile) -> int:
         return tile.elements * int(self._plan.bytes_each[tile.tensor])
 
-    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+    def _do(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+        """Combine or copy a tile."""
         plan = self._plan
-        blend = self._blend(tile.tensor)
+        if not plan.is_averaged(tile.tensor):
+            self._copy(slot, tile, places, began)
+        elif plan.method.fixed:
+            self._average(slot, tile, places, began, plan.numbers(tile.tensor))
+        else:
+            rule = self._rules.get(tile.tensor)
+            if rule is None:
+                rule = self._rule_of_tile(slot, tile, places)
+            if isinstance(rule, Coefficients):
+                self._average(slot, tile, places, began, rule)
+            else:
+                self._merge(slot, tile, places, began, rule)
+
+    def _rule_of_tile(self, slot: Slot, tile: Tile, places: Sequence[Place]) -> Rule:
+        """Measure a tensor that lies in one tile."""
+        step = Asked(self._plan.method.merge(self._plan.info(tile.tensor), self.known))
+        if step.rule is None:
+            addresses = self._fetch_group(slot, range(len(places)), places)
+            while step.rule is None:
+                self._look(slot, tile, addresses, step.measurement)
+                step.turn()
+                with self._lock:
+                    self._swept_bytes += self._tile_bytes(tile)
+        return step.rule
+
+    def _measure(
+        self, measurements: Mapping[int, Measurement], slot: Slot, tile: Tile, places: Sequence[Place], began: float
+    ) -> None:
+        addresses = self._fetch_group(slot, range(len(places)), places)
+        read = time.perf_counter() - began
+        self._look(slot, tile, addresses, measurements[tile.tensor])
+        with self._lock:
+            self.outcome.stage_seconds["read"] += read
+            self.outcome.stage_seconds["reduce"] += time.perf_counter() - began - read
+            self._count(self._tile_bytes(tile))
+
+    def _look(self, slot: Slot, tile: Tile, addresses: Sequence[int], measurement: Measurement) -> None:
+        part = measurement.part()
+        slot.look(addresses, self._values_blend(tile.tensor), self._portion(tile), part)
+        with self._lock:
+            measurement.merge(tile.tensor, part)
+
+    def _portion(self, tile: Tile) -> Portion:
+        return Portion(self._plan.info(tile.tensor), tile.start, tile.elements)
+
+    def _values_blend(self, tensor: int) -> Blend:
+        """Dtypes only."""
+        return self._blend(tensor, self._ones)
+
+    def _merge(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float, rule: Elementwise) -> None:
+        blend = self._values_blend(tile.tensor)
+        place = tile.start * blend.out_itemsize
+        room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
+        addresses = self._fetch_group(slot, range(len(places)), places)
+        read = time.perf_counter() - began
+        combined = slot.merge(addresses, blend, self._portion(tile), rule, room).result()
+        self._store(tile, blend, combined, room is None, began, read)
+
+    def _store(self, tile: Tile, blend: Blend, combined: Combined, writes: bool, began: float, read: float) -> None:
+        """Write a tile that was combined, unless it lies in the sink's own memory, and record it."""
+        reduced = time.perf_counter()
+        if writes:
+            self._sink.write(tile.tensor, tile.start * blend.out_itemsize, combined.output)
+        record = TileRecord(
+            tile.tensor,
+            tile.start,
+            tile.elements,
+            digests=combined.digests.copy(),
+            nonfinite=combined.nonfinite.copy() if combined.nonfinite.any() else None,
+            overflowed=combined.overflowed,
+        )
+        self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
+
+    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float, numbers: Coefficients) -> None:
+        plan = self._plan
+        blend = self._blend(tile.tensor, numbers)
         first_block = tile.start // BLOCK_ELEMENTS
         place = tile.start * blend.out_itemsize
         room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
@@ -218,19 +333,7 @@ class Engine:
             read += time.perf_counter() - start
             token = slot.combine(addresses, blend, first, tile.elements, first_block, room)
         assert token is not None
-        combined = token.result()
-        reduced = time.perf_counter()
-        if room is None:
-            self._sink.write(tile.tensor, place, combined.output)
-        record = TileRecord(
-            tile.tensor,
-            tile.start,
-            tile.elements,
-            digests=combined.digests.copy(),
-            nonfinite=combined.nonfinite.copy() if combined.nonfinite.any() else None,
-            overflowed=combined.overflowed,
-        )
-        self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
+        self._store(tile, blend, token.result(), room is None, began, read)
 
     def _copy(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
         plan, count = self._plan, len(self._plan.checkpoints)
@@ -275,12 +378,18 @@ class Engine:
         with self._lock:
             self._finished.append(record)
             self.outcome.add(record)
-            self.outcome.bytes_read += record.elements * read_itemsize
+            self._count(record.elements * read_itemsize)
             self.outcome.bytes_written += record.elements * itemsize
             stages = self.outcome.stage_seconds
             stages["read"] += read
             stages["reduce"] += reduced - began - read
             stages["write"] += written - reduced
+
+    def _count(self, nbytes: int) -> None:
+        """Count what was gone through; what an earlier sweep read and kept was not read again."""
+        self._swept_bytes += nbytes
+        if not self._again:
+            self.outcome.bytes_read += nbytes
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -308,9 +417,9 @@ class Engine:
     def _report(self, stage: str) -> None:
         if self._progress is not None:
             seconds = time.perf_counter() - self._began
-            done = self._already_bytes + self.outcome.bytes_read
-            rate = self.outcome.bytes_read / 1e9 / seconds if seconds else 0.0
-            self._progress(Progress(stage, done, self._plan.bytes_to_read, seconds, rate))
+            done = self._already_bytes + self._swept_bytes
+            rate = self._swept_bytes / 1e9 / seconds if seconds else 0.0
+            self._progress(Progress(stage, done, self._plan.bytes_to_sweep, seconds, rate))
 
     def _report_quietly(self, stage: str) -> None:
         """Report while an exception may be on its way: one from the callback must not hide it."""
@@ -320,9 +429,8 @@ class Engine:
             self._fail(error)
 
 
-def make_blend(plan: Plan, tensor: int) -> Blend:
+def make_blend(plan: Plan, tensor: int, numbers: Coefficients) -> Blend:
     """Gather the numbers with which a tensor is combined."""
-    numbers = plan.method.coefficients(plan.table.names[tensor])
     dtypes = [plan.in_dtype(i, tensor) for i in range(len(plan.checkpoints))]
     out = plan.out_dtype(tensor)
     return Blend(

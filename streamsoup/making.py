@@ -20,6 +20,7 @@ from streamsoup.execution import Execution, SoupResult
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
+from streamsoup.merging import reduce_all
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.read import open_sources
@@ -51,7 +52,9 @@ class Making:
         dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
         with _notice(execution.on_compile):
-            self.backend.prepare(wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes))
+            self.backend.prepare(
+                wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes), measured=not plan.method.fixed
+            )
         with PeakSampler() as sampler:
             outcome = self._reduce(sampler)
         for checkpoint in plan.checkpoints:
@@ -91,7 +94,7 @@ class Making:
                 done = engine.resume(journal.read())
                 engine.run(plan.tiles(averaged=False, done=done))
                 check_copied(plan, engine.outcome, self.recipe.buffers)
-                engine.run(plan.tiles(averaged=True, done=done))
+                reduce_all(plan, engine, done)
                 sampler.sample()
                 return engine.outcome
 

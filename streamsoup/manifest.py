@@ -81,24 +81,28 @@ def build_manifest(
     notes : sequence of str
         What a reader should know, such as non-finite values that were let through.
     """
-    ingredients = [
-        {
-            "path": ingredient.path,
-            "weight": ingredient.weight,
-            "content_digest": digests[i],
-            "shards": list(identities[i]),
-        }
-        for i, ingredient in enumerate(recipe.ingredients)
+    read = [
+        {"path": path, "content_digest": digests[i], "shards": list(identities[i])}
+        for i, path in enumerate(recipe.checkpoints)
     ]
+    first = 0 if recipe.base is None else 1
+    ingredients = [
+        {"path": entry["path"], "weight": ingredient.weight, **entry}
+        for ingredient, entry in zip(recipe.ingredients, read[first:], strict=False)
+    ]
+    beside: dict[str, Any] = {} if recipe.base is None else {"base": read[0]}
+    if importances := read[first + len(ingredients) :]:
+        beside["importances"] = importances
     return {
         "streamsoup_manifest": MANIFEST_FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": recipe.method,
+        "method": recipe.label,
         "normalize": recipe.normalize,
         "buffers": recipe.buffers,
         "tensors": len(plan.table),
         "parameters": plan.parameters,
         "ingredients": ingredients,
+        **beside,
         "shards": [{"name": s.name, "size_bytes": s.file_bytes} for s in plan.layout.shards],
         "notes": list(notes),
         "device": device,
@@ -125,10 +129,10 @@ def manifest_to_json(manifest: Mapping[str, Any]) -> str:
 
 def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """Write the README.md of a soup folder."""
-    total = sum(i.weight for i in recipe.ingredients)
+    total = sum(i.weight for i in recipe.ingredients) if recipe.normalize else 0.0
     rows = "\n".join(
         f"| {i + 1} | `{_short(ingredient.path)}` | {ingredient.weight:g} | "
-        f"{ingredient.weight / total if recipe.normalize else ingredient.weight:.4g} | "
+        f"{ingredient.weight / total if total else ingredient.weight:.4g} | "
         f"`{entry['content_digest']}` |"
         for i, (ingredient, entry) in enumerate(zip(recipe.ingredients, manifest["ingredients"], strict=True))
     )
@@ -136,9 +140,13 @@ def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         "uniform": "the uniform average",
         "weighted": "the weighted average",
         "coefficients": "a linear combination (coefficients applied as given)",
-    }[recipe.method]
+    }.get(recipe.label, f"a merge (method {recipe.label})")
+    if recipe.base is not None:
+        how += f", with `{_short(recipe.base)}` as the base,"
     dtypes = ", ".join(sorted({plan.out_dtype(t).name for t in range(len(plan.table)) if plan.is_averaged(t)}))
     notes = "".join(f"\n- {note}" for note in manifest["notes"])
+    rules = "".join(f"- {rule} ({count:,} tensors)\n" for rule, count in plan.touched)
+    rules = f"{rules}\n" if rules else ""
     return f"""---
 tags:
 - model-soup
@@ -164,7 +172,7 @@ This checkpoint is {how} of the weights of {len(recipe.ingredients)} fine-tuned 
 |---|---|---|---|---|
 {rows}
 
-Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once.
+{rules}Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once.
 `{RECIPE_NAME}` makes the same soup again, bit for bit: `streamsoup soup --recipe {RECIPE_NAME} -o again/`.
 `{MANIFEST_NAME}` records who the ingredients were.
 {notes}"""

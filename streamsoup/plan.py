@@ -7,7 +7,7 @@ refused here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,18 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.align import Alignment, align
+from streamsoup.asked import Asked
 from streamsoup.checkpoints import Checkpoint, TensorTable
 from streamsoup.dtypes import DTYPES, DType, parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.layout import Layout, lay_out
-from streamsoup.methods import Method
+from streamsoup.measurement import held_bytes
+from streamsoup.methods import Coefficients, Method
+from streamsoup.methods.depth import depths
+from streamsoup.methods.protocol import TensorInfo
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
-from streamsoup.tiling import TileNeeds, Tiling, choose_tiling
+from streamsoup.tiling import BLOCK_ELEMENTS, TileNeeds, Tiling, choose_tiling, piece_bytes, row_unit
 
 _WIDE = np.array([d.is_wide for d in DTYPES])
 _WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
+# Tensors that are measured tile by tile at a time.
+MOST_MEASURED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Plan:
         Whether ingredients are read into buffers (and not through maps).
     ahead : bool
         Whether what is mapped is read ahead.
+    touched : tuple of (str, int)
+        Rules by name, and how many tensors each fits.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -68,6 +76,7 @@ class Plan:
     tiling: Tiling
     staged: bool
     ahead: bool = False
+    touched: tuple[tuple[str, int], ...] = ()
 
     @property
     def table(self) -> TensorTable:
@@ -76,8 +85,66 @@ class Plan:
 
     @cached_property
     def bytes_to_read(self) -> int:
-        """Bytes of all tensors of all ingredients: each is read once."""
-        return sum(int(c.table.nbytes.sum()) for c in self.checkpoints)
+        """Bytes that will be read of all ingredients: each once, but for tensors too large to be measured at once."""
+        return self._bytes(self.readings)
+
+    @cached_property
+    def bytes_to_sweep(self) -> int:
+        """Bytes that will be gone through, from the disk or from the cache."""
+        return self._bytes(lambda _: self.method.sweeps + self.method.whole_sweeps)
+
+    def _bytes(self, times: Callable[[int], int]) -> int:
+        whole = sum(int(c.table.nbytes.sum()) for c in self.checkpoints)
+        if self.method.sweeps + self.method.whole_sweeps == 1:
+            return whole
+        return whole + sum(self.bytes_of(t) * (times(t) - 1) for t in self.averaged)
+
+    @cached_property
+    def averaged(self) -> list[int]:
+        """The tensors that are combined (and not copied)."""
+        return [int(t) for t in np.flatnonzero(_FLOAT[self.out_dtypes])]
+
+    def bytes_of(self, tensor: int) -> int:
+        """Bytes of a tensor in all ingredients together."""
+        return int(self.table.elements[tensor]) * int(self.bytes_each[tensor])
+
+    def readings(self, tensor: int) -> int:
+        """How often a tensor is read: once where its bytes fit the budget, else at every sweep."""
+        if self.is_kept(tensor):
+            return 1 + self.method.whole_sweeps
+        return self.method.sweeps + self.method.whole_sweeps
+
+    def is_kept(self, tensor: int) -> bool:
+        """Whether what one sweep read of a tensor is there for the next: in a tile, or in the page cache."""
+        if self.staged:
+            return self.is_one_tile(tensor)
+        return self.bytes_of(tensor) <= self.budget_bytes
+
+    def is_one_tile(self, tensor: int) -> bool:
+        """Whether a tile holds a whole tensor."""
+        return int(self.table.elements[tensor]) <= self.tile_step(tensor)
+
+    def tile_step(self, tensor: int) -> int:
+        """Elements of a tile of a tensor; whole rows if the method wants that."""
+        whole = self.tiling.tile_elements
+        if not self.method.by_row:
+            return whole
+        unit = row_unit(self.info(tensor))
+        return max(1, whole // unit) * unit
+
+    @cached_property
+    def _depths(self) -> npt.NDArray[np.float32]:
+        return depths(self.table.names)
+
+    def info(self, tensor: int) -> TensorInfo:
+        """Return what a method may know of a tensor."""
+        return TensorInfo(self.table.names[tensor], self.table.shape(tensor), float(self._depths[tensor]))
+
+    def numbers(self, tensor: int) -> Coefficients:
+        """Coefficients of a tensor, where the method is fixed."""
+        found = self.method.merge(self.info(tensor), None)
+        assert isinstance(found, Coefficients)
+        return found
 
     @property
     def bytes_to_write(self) -> int:
@@ -119,11 +186,15 @@ class Plan:
             self.layout.shard_of,
         ):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if not self.method.fixed:
+            digest.update(repr(self.method).encode())
         previous = None
-        for name in table.names:
-            numbers = self.method.coefficients(name)
+        for position, name in enumerate(table.names):
             digest.update(name.encode() + b"\0")
-            if numbers is not previous:  # fixed numbers are the same object for every tensor
+            if not self.method.fixed:
+                continue
+            numbers = self.numbers(position)
+            if numbers is not previous:  # mostly the same object for every tensor
                 digest.update(repr(numbers).encode())
             previous = numbers
         for shard in self.layout.shards:
@@ -165,9 +236,27 @@ class Plan:
 
     def tiles_of(self, tensor: int, done: Sequence[tuple[int, int]] = ()) -> Iterator[Tile]:
         """Yield the tiles of one tensor, without ranges that are done."""
+        step = self.tile_step(tensor)
         for start, stop in _gaps(int(self.table.elements[tensor]), done):
-            for first in range(start, stop, self.tiling.tile_elements):
-                yield Tile(tensor, first, min(self.tiling.tile_elements, stop - first))
+            for first in range(start, stop, step):
+                yield Tile(tensor, first, min(step, stop - first))
+
+    def batches(self, done: Mapping[int, Sequence[tuple[int, int]]]) -> Iterator[list[int]]:
+        """Yield the averaged tensors that are not done, some at a time: what one sweep read is there for the next."""
+        batch: list[int] = []
+        held = measured = 0
+        for tensor in self.averaged:
+            if next(self.tiles_of(tensor, done.get(tensor, ())), None) is None:
+                continue
+            several = not self.is_one_tile(tensor)
+            if batch and (held + self.bytes_of(tensor) > self.budget_bytes or measured + several > MOST_MEASURED):
+                yield batch
+                batch, held, measured = [], 0, 0
+            batch.append(tensor)
+            held += self.bytes_of(tensor)
+            measured += several
+        if batch:
+            yield batch
 
     def tiles(self, *, averaged: bool, done: Mapping[int, Sequence[tuple[int, int]]] | None = None) -> Iterator[Tile]:
         """Yield tiles by file position, without those ranges that are done.
@@ -190,12 +279,13 @@ def tensor_bytes(checkpoints: Sequence[Checkpoint]) -> float:
     return sizes * float(table.elements.mean()) if len(table) else 0.0
 
 
-def _refuse_extreme(method: Method, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+def _refuse_extreme(plan: Plan) -> None:
     """Refuse what double-double arithmetic, which scales large numbers, was not proved for."""
     previous = None
-    for name in names:
-        numbers = method.coefficients(name)
-        if numbers is previous:  # fixed numbers are the same object for every tensor
+    checkpoints = plan.checkpoints
+    for tensor in plan.averaged if plan.method.fixed else ():
+        numbers = plan.numbers(tensor)
+        if numbers is previous:  # mostly the same object for every tensor
             continue
         previous = numbers
         for number, where in [
@@ -233,6 +323,7 @@ def make_plan(
     ahead: bool = False,
     reserved_bytes: int = 0,
     buffer_itemsize: int = 0,
+    touched: Sequence[tuple[str, int]] = (),
 ) -> Plan:
     """Plan a soup.
 
@@ -263,6 +354,8 @@ def make_plan(
         What of the budget is taken already.
     buffer_itemsize : int
         See `TileNeeds`; not needed where ingredients are read into buffers anyway.
+    touched : sequence of (str, int)
+        Rules by name, and how many tensors each fits.
 
     Raises
     ------
@@ -283,8 +376,7 @@ def make_plan(
         layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
     wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
-    if wide:
-        _refuse_extreme(method, checkpoints, table.names)
+    held = _held_bytes(method, table, out_dtypes, len(checkpoints))
     needs = TileNeeds(
         ingredients=len(checkpoints),
         in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),
@@ -294,7 +386,47 @@ def make_plan(
         reserved_bytes=reserved_bytes,
         buffer_itemsize=0 if staged else buffer_itemsize,
         largest_elements=int(table.elements.max(initial=0)),
-        groupable=not wide,
+        held_bytes=held,
+        least_elements=_least_elements(method, table, out_dtypes),
+        groupable=not wide and method.fixed,
     )
     tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
-    return Plan(tuple(checkpoints), method, alignment, out_dtypes, layout, needs, budget_bytes, tiling, staged, ahead)
+    plan = Plan(
+        tuple(checkpoints),
+        method,
+        alignment,
+        out_dtypes,
+        layout,
+        needs,
+        budget_bytes,
+        tiling,
+        staged,
+        ahead,
+        tuple(touched),
+    )
+    if wide:
+        _refuse_extreme(plan)
+    if not method.fixed:
+        for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
+            Asked(method.merge(plan.info(tensor), None))
+    return plan
+
+
+def _held_bytes(method: Method, table: TensorTable, out_dtypes: npt.NDArray[np.uint8], checkpoints: int) -> int:
+    """Bytes that a worker holds beside its tile: pieces, and measurements of the tensors that are under way."""
+    if method.fixed:
+        return 0
+    measures = method.sweeps + method.whole_sweeps > 1
+    widest = 0
+    if method.by_row:
+        infos = [TensorInfo("", table.shape(t)) for t in np.flatnonzero(_FLOAT[out_dtypes]).tolist()]
+        widest = max((row_unit(t) if measures else t.width for t in infos), default=0)
+    return piece_bytes(checkpoints, widest) + measures * (1 + MOST_MEASURED) * held_bytes(checkpoints)
+
+
+def _least_elements(method: Method, table: TensorTable, out_dtypes: npt.NDArray[np.uint8]) -> int:
+    if not method.by_row:
+        return 0
+    averaged = np.flatnonzero(_FLOAT[out_dtypes]).tolist()
+    whole = -(-table.elements // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    return max((min(row_unit(TensorInfo("", table.shape(t))), int(whole[t])) for t in averaged), default=0)

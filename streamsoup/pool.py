@@ -18,6 +18,7 @@ from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.layout import Layout
+from streamsoup.merging import reduce_all
 from streamsoup.methods import Coefficients, Linear
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, make_plan, tensor_bytes
@@ -234,6 +235,6 @@ class Pool:
         engine = Engine(plan, self.backend, sources, sink, progress=self.progress)
         engine.run(plan.tiles(averaged=False))
         check_copied(plan, engine.outcome, self.options.buffers)
-        engine.run(plan.tiles(averaged=True))
+        reduce_all(plan, engine)
         check_finite(plan, engine.outcome, self.options.nonfinite)
         return engine.outcome

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,27 @@ from streamsoup.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what huggingface_hub writes
 RECIPE_FORMAT = 1
+_SAID_ALWAYS = ("normalize", "dtype", "shard_bytes", "buffers", "nonfinite")
 
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """A checkpoint with its weight, as given (not normalised)."""
+    """A checkpoint with its weight, as given (not normalised).
+
+    Attributes
+    ----------
+    path : str
+    weight : float
+    parameters : mapping of str to setting
+        Of a method, for this ingredient; see `streamsoup.methods.parameters`.
+    importance : str or None
+        A checkpoint of the same shapes that says how much each element matters, for the method ``fisher``.
+    """
 
     path: str
     weight: float = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    importance: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,15 @@ class Recipe:
         What to do with non-float tensors that differ: refuse, or take the first ingredient's.
     nonfinite : {"error", "warn", "allow"}
         What to do about NaN or infinity.
+    method : str
+        One of `streamsoup.methods.registry.METHODS`; ``uniform`` and ``weighted`` are ``linear``.
+    base : str or None
+        The checkpoint that the ingredients were fine-tuned from, where the method wants it. It then gives names, dtypes
+        and configuration files instead of the first ingredient.
+    parameters : mapping of str to setting
+        Of the method; see `streamsoup.methods.parameters`.
+    include, exclude : tuple of str
+        Shell patterns of tensor names: others are taken from the first checkpoint as they are.
     """
 
     ingredients: tuple[Ingredient, ...]
@@ -51,6 +73,11 @@ class Recipe:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     buffers: str = "identical"
     nonfinite: str = "error"
+    method: str = "linear"
+    base: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ingredients:
@@ -64,13 +91,34 @@ class Recipe:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_float_dtype(self.dtype).torch_name)
         object.__setattr__(self, "shard_bytes", parse_bytes(self.shard_bytes))
+        if self.method in ("uniform", "weighted"):
+            if self.method == "uniform" and len({i.weight for i in self.ingredients}) > 1:
+                raise RecipeError("Method uniform takes no weights. Leave them out, or give method weighted.")
+            object.__setattr__(self, "method", "linear")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        importances = [i for i in self.ingredients if i.importance is not None]
+        if len(importances) != (len(self.ingredients) if self.method == "fisher" else 0):
+            raise RecipeError("importance: method fisher wants one of each ingredient, and other methods none.")
+        if not self.normalize and self.method != "linear":
+            raise RecipeError(f"Coefficients are applied as given by method linear only, not by {self.method}.")
         for ingredient in self.ingredients:
             if not math.isfinite(ingredient.weight):
                 raise RecipeError(f"{ingredient.path}: weight {ingredient.weight} is not a finite number.")
 
     @property
-    def method(self) -> str:
-        """``uniform``, ``weighted`` or ``coefficients``: the recipe in one word."""
+    def checkpoints(self) -> tuple[str, ...]:
+        """Paths of all that is read, in the order that methods see it: base, ingredients, importances."""
+        paths = [] if self.base is None else [self.base]
+        paths += [i.path for i in self.ingredients]
+        return (*paths, *(i.importance for i in self.ingredients if i.importance is not None))
+
+    @property
+    def label(self) -> str:
+        """The method in one word: for linear ones ``uniform``, ``weighted`` or ``coefficients``."""
+        if self.method != "linear" or self.parameters or any(i.parameters for i in self.ingredients):
+            return self.method
         if not self.normalize:
             return "coefficients"
         first = self.ingredients[0].weight
@@ -82,6 +130,7 @@ def make_recipe(
     *,
     weights: Sequence[float] | None = None,
     coefficients: Sequence[float] | None = None,
+    importances: Sequence[str | Path] | None = None,
     **options: Any,
 ) -> Recipe:
     """Put paths and numbers together.
@@ -97,20 +146,46 @@ def make_recipe(
     if numbers is not None and len(numbers) != len(paths):
         raise RecipeError(f"{len(paths)} ingredients, but {len(numbers)} weights. Give one for each.")
     values = [1.0] * len(paths) if numbers is None else [float(w) for w in numbers]
-    ingredients = tuple(Ingredient(str(p), w) for p, w in zip(paths, values, strict=True))
+    if importances is not None and len(importances) != len(paths):
+        raise RecipeError(f"{len(paths)} ingredients, but {len(importances)} importances. Give one for each.")
+    beside = [None] * len(paths) if importances is None else [str(p) for p in importances]
+    ingredients = tuple(Ingredient(str(p), w, importance=i) for p, w, i in zip(paths, values, beside, strict=True))
     return Recipe(ingredients, normalize=coefficients is None, **options)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make a recipe mean the same from any folder."""
-    return replace(recipe, ingredients=tuple(replace(i, path=os.path.abspath(i.path)) for i in recipe.ingredients))
+    return with_paths(recipe, os.path.abspath)
+
+
+def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """Change every path of a recipe."""
+
+    def maybe(path: str | None) -> str | None:
+        return None if path is None else change(path)
+
+    ingredients = tuple(replace(i, path=change(i.path), importance=maybe(i.importance)) for i in recipe.ingredients)
+    return replace(recipe, ingredients=ingredients, base=maybe(recipe.base))
 
 
 def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
     """Write a recipe as plain data that `recipe_from_mapping` reads back to the same value."""
     document: dict[str, Any] = {"streamsoup": RECIPE_FORMAT}
-    document["ingredients"] = [{"path": i.path, "weight": i.weight} for i in recipe.ingredients]
-    return document | {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "ingredients"}
+    document["ingredients"] = [_row(i) for i in recipe.ingredients]
+    for one in fields(recipe):
+        value = getattr(recipe, one.name)
+        if one.name in _SAID_ALWAYS or (one.name != "ingredients" and value and value != one.default):
+            document[one.name] = list(value) if isinstance(value, tuple) else value
+    return document
+
+
+def _row(ingredient: Ingredient) -> dict[str, Any]:
+    row: dict[str, Any] = {"path": ingredient.path, "weight": ingredient.weight}
+    if ingredient.parameters:
+        row["parameters"] = dict(ingredient.parameters)
+    if ingredient.importance is not None:
+        row["importance"] = ingredient.importance
+    return row
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -139,8 +214,8 @@ def read_recipe(path: str | Path) -> Recipe:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not a readable YAML file ({reason}).") from error
     recipe = recipe_from_mapping(document, where=str(path))
-    base = path.resolve().parent
-    return replace(recipe, ingredients=tuple(replace(i, path=str(base / i.path)) for i in recipe.ingredients))
+    folder = path.resolve().parent
+    return with_paths(recipe, lambda given: str(folder / given))
 
 
 def recipe_from_mapping(document: object, *, where: str) -> Recipe:
@@ -161,6 +236,17 @@ def recipe_from_mapping(document: object, *, where: str) -> Recipe:
             raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(sorted(known))}.")
     if not isinstance(options.get("normalize", True), bool):
         raise RecipeError(f"{where}: normalize is true or false, not {options['normalize']!r}.")
+    if not isinstance(options.get("parameters", {}), Mapping):
+        raise RecipeError(f"{where}: parameters is a mapping of names to settings, not {options['parameters']!r}.")
+    for key in ("method", "base"):
+        if not isinstance(options.get(key, ""), str | None):
+            raise RecipeError(f"{where}: {key} is a word or a path, not {options[key]!r}.")
+    for key in ("include", "exclude"):
+        patterns = options.get(key, ())
+        if not isinstance(patterns, str) and not (
+            isinstance(patterns, list | tuple) and all(isinstance(p, str) for p in patterns)
+        ):
+            raise RecipeError(f"{where}: {key} is a list of patterns, not {patterns!r}.")
     try:
         return Recipe(ingredients, **options)
     except RecipeError as error:
@@ -187,12 +273,15 @@ def _ingredient(row: object, where: str) -> Ingredient:
         return Ingredient(row)
     if not isinstance(row, Mapping) or not isinstance(row.get("path"), str):
         raise RecipeError(f"{where}: ingredient {row!r} is neither a path nor a mapping with 'path'.")
-    if unknown := set(row) - {"path", "weight"}:
+    if unknown := set(row) - {"path", "weight", "parameters", "importance"}:
         raise RecipeError(f"{where}: unknown key {sorted(unknown)[0]!r} in ingredient {row['path']}.")
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise RecipeError(f"{where}: weight {weight!r} of {row['path']} is not a number.")
+    parameters, importance = row.get("parameters", {}), row.get("importance")
+    if not isinstance(parameters, Mapping) or not isinstance(importance, str | None):
+        raise RecipeError(f"{where}: parameters of {row['path']} are a mapping, and importance is a path.")
     try:
-        return Ingredient(row["path"], float(weight))
+        return Ingredient(row["path"], float(weight), parameters, importance)
     except OverflowError:
         raise RecipeError(f"{where}: weight of {row['path']} is too large.") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from streamsoup.dtypes import parse_float_dtype
 from streamsoup.files import write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
 from streamsoup.plan import Plan
-from streamsoup.recipe import Recipe, recipe_to_yaml
+from streamsoup.recipe import Recipe, recipe_to_yaml, with_paths
 from streamsoup.workspace import Workspace
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,9 +47,9 @@ def write_side_files(
     destination, folder = workspace.destination, workspace.soup
     manifest = {**build_manifest(plan, recipe, identities, digests, device=device, notes=notes), "id": job_id}
     prefix = f"{destination.companion_stem}." if destination.is_file else ""
-    ingredients = tuple(replace(i, path=str(Path(i.path).resolve())) for i in recipe.ingredients)
+    resolved = with_paths(recipe, lambda path: str(Path(path).resolve()))
     write_durably(folder / f"{prefix}{MANIFEST_NAME}", manifest_to_json(manifest))
-    write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(replace(recipe, ingredients=ingredients)))
+    write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(resolved))
     if destination.is_file:
         return
     write_durably(folder / "README.md", model_card(plan, recipe, manifest))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from streamsoup.errors import BudgetError
+from streamsoup.methods.protocol import TensorInfo
 from streamsoup.units import format_binary
 
 BLOCK_ELEMENTS = 2048  # the kernels' fixed unit; tiles are whole multiples of it
@@ -19,6 +21,31 @@ PARTIAL_ITEMSIZE = 8
 READERS = 4
 # Threads that read windows of maps ahead; the kernel keeps the disk busy for each.
 LOADERS = 2
+
+
+# Methods see a tile in pieces of about so many elements of all checkpoints: their arrays stay in the L2 cache.
+PIECE_ELEMENTS = 32 * 1024
+# Arrays of a piece that a method's functions may hold at a time.
+_PIECE_ARRAYS = 12
+
+
+def piece_elements(checkpoints: int, width: int | None = None) -> int:
+    """Elements of a piece: whole blocks, a power of two of them; or, for a row of `width`, whole rows."""
+    blocks = max(1, min(8, PIECE_ELEMENTS // checkpoints // BLOCK_ELEMENTS))
+    whole = BLOCK_ELEMENTS << (blocks.bit_length() - 1)
+    return whole if width is None else max(1, whole // width) * width
+
+
+def piece_bytes(checkpoints: int, least: int = 0) -> int:
+    """Bytes that a worker holds to measure or merge a piece, which may have to have so many elements at least."""
+    return _PIECE_ARRAYS * 8 * (checkpoints + 1) * max(least, piece_elements(checkpoints))
+
+
+def row_unit(tensor: TensorInfo) -> int:
+    """Elements that are whole rows as well as whole blocks (but for the end of the tensor)."""
+    if len(tensor.shape) < 2 or not tensor.width:
+        return -(-max(tensor.elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    return math.lcm(tensor.width, BLOCK_ELEMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +67,10 @@ class TileNeeds:
         Owned all the time beside tiles: a running sum in memory.
     buffer_itemsize : int
         Bytes an element of a buffer that a source keeps for each worker: a running sum on disk is read into one.
+    held_bytes : int
+        Held for each worker beside the tile: what a method's functions and measurements take.
+    least_elements : int
+        Tiles are not smaller (but whole tensors are): for a method that must see whole rows.
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
@@ -53,6 +84,8 @@ class TileNeeds:
     ahead: bool = False
     reserved_bytes: int = 0
     buffer_itemsize: int = 0
+    held_bytes: int = 0
+    least_elements: int = 0
     groupable: bool = True
 
 
@@ -96,7 +129,7 @@ def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
     """Bytes of one slot: staged ingredients, the output tile, a source's buffer, partial sums between groups."""
     staged = group * needs.in_itemsize if needs.staged else 0
     partial = PARTIAL_ITEMSIZE if group < needs.ingredients else 0
-    return tile_elements * (staged + needs.out_itemsize + partial + needs.buffer_itemsize)
+    return tile_elements * (staged + needs.out_itemsize + partial + needs.buffer_itemsize) + needs.held_bytes
 
 
 def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tiling:
@@ -108,19 +141,23 @@ def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tilin
         With the least budget that would do.
     """
     whole = -(-max(needs.largest_elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
-    for tile_elements, threads in _preferences(workers):
-        tiling = _fit(needs, min(tile_elements, whole), needs.ingredients, threads)
+    least = min(needs.least_elements, whole)
+    preferences = _preferences(workers)
+    if needs.held_bytes and needs.staged:  # what is measured and then combined is read once only where a tile holds it
+        preferences = [(whole, n) for n in dict.fromkeys(n for _, n in preferences)] + preferences
+    for tile_elements, threads in preferences:
+        tiling = _fit(needs, max(least, min(tile_elements, whole)), needs.ingredients, threads)
         if tiling.peak_bytes <= budget_bytes:
             return tiling
-    smallest = [_fit(needs, min(t, whole), g, 1) for t, g in _last_resorts(needs)]
+    smallest = [_fit(needs, max(least, min(t, whole)), g, 1) for t, g in _last_resorts(needs)]
     for tiling in smallest:
         if tiling.peak_bytes <= budget_bytes:
             return tiling
-    least = -(-min(tiling.peak_bytes for tiling in smallest) // MIB) * MIB
+    needed = -(-min(tiling.peak_bytes for tiling in smallest) // MIB) * MIB
     raise BudgetError(
         f"A budget of {format_binary(budget_bytes)} is too small: the least that would do here is "
-        f"{format_binary(least)}. Give --budget {format_binary(least).replace(' ', '')}.",
-        least_bytes=least,
+        f"{format_binary(needed)}. Give --budget {format_binary(needed).replace(' ', '')}.",
+        least_bytes=needed,
     )
 
 
@@ -136,7 +173,8 @@ def _preferences(workers: int) -> list[tuple[int, int]]:
 def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
     """Pairs of tile size and group, best first."""
     if not needs.groupable:
-        return [(k * BLOCK_ELEMENTS, needs.ingredients) for k in (4, 2, 1)]
+        # A method's measurements want whole pieces: eight blocks.
+        return [(k * BLOCK_ELEMENTS, needs.ingredients) for k in ((8,) if needs.held_bytes else (4, 2, 1))]
     groups = [needs.ingredients]
     while groups[-1] > 1:
         groups.append(-(-groups[-1] // 2))

@@ -84,6 +84,8 @@ class Windows:
                     continue
                 self._left[window] -= used
                 used_up = self._left[window] <= 0
+                if used_up:
+                    self._left[window] = _UNSEEN  # another sweep may want it again
             if used_up:
                 self._drop(window)
 

@@ -18,10 +18,10 @@ ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
     _version errors units dtypes kernels maps open_files threads
-    files recipe checkpoints methods tiling budget journal score rules
+    files recipe checkpoints methods measurement asked tiling budget journal score rules
     align layout plan manifest
     windows read write backends companions outcome
-    tile_queue engine sinks
+    tile_queue engine sinks merging
     findings workspace execution side_files recheck
     making
     cook pool candidate sums scorebook

@@ -10,24 +10,25 @@ from hypothesis import strategies as st
 
 from streamsoup.errors import RecipeError
 from streamsoup.methods import linear
+from streamsoup.methods.protocol import TensorInfo
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def test_coefficients_are_applied_as_given():
-    numbers = linear([2, -1, 0.1], normalize=False).coefficients("any")
+    numbers = linear([2, -1, 0.1], normalize=False).numbers
     assert numbers.weights == (2.0, -1.0, 0.1)
     assert numbers.divisor == (1.0, 0.0)
 
 
 def test_the_numbers_are_the_same_for_every_tensor():
     method = linear([1, 2], normalize=True)
-    assert method.coefficients("a") is method.coefficients("b")
+    assert method.merge(TensorInfo("a", (1,)), None) is method.merge(TensorInfo("b", (2,)), None)
 
 
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=80))
 def test_the_divisor_is_the_exact_sum_to_106_bits(weights):
-    numbers = linear(weights, normalize=True).coefficients("w")
+    numbers = linear(weights, normalize=True).numbers
     exact = sum(map(Fraction, weights))
     high, low = map(Fraction, numbers.divisor)
     assert numbers.weights == tuple(weights)
@@ -39,7 +40,7 @@ def test_the_divisor_is_the_exact_sum_to_106_bits(weights):
 def test_extreme_weights_are_brought_into_range_and_change_no_quotient(weights):
     total, size = sum(map(Fraction, weights)), sum(abs(Fraction(w)) for w in weights)
     assume(size and abs(total) >= size / 10**6)
-    numbers = linear(weights, normalize=True).coefficients("w")
+    numbers = linear(weights, normalize=True).numbers
     assert all(abs(w) <= 2.0**101 for w in numbers.weights)
     assert 2.0**-125 <= abs(numbers.divisor[0]) < 2.0**110
     high, low = map(Fraction, numbers.divisor)
@@ -69,11 +70,11 @@ def test_numbers_that_are_not_finite_are_refused(bad, normalize):
 
 
 def test_negative_weights_with_a_sound_sum_are_weights():
-    numbers = linear([3, -1], normalize=True).coefficients("w")
+    numbers = linear([3, -1], normalize=True).numbers
     assert numbers.divisor == (2.0, 0.0)
-    assert linear([-1, -3], normalize=True).coefficients("w").divisor == (-4.0, 0.0)
+    assert linear([-1, -3], normalize=True).numbers.divisor == (-4.0, 0.0)
 
 
 def test_sums_beyond_float64_are_no_error():
-    numbers = linear([1.7e308] * 10, normalize=True).coefficients("w")
+    numbers = linear([1.7e308] * 10, normalize=True).numbers
     assert numbers.divisor[0] == 10 * numbers.weights[0]

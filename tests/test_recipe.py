@@ -131,7 +131,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
      ({"coefficients": [1, 1]}, "coefficients")],
 )  # fmt: skip
 def test_the_method_in_one_word(options, method):
-    assert make_recipe(["a", "b"], **options).method == method
+    assert make_recipe(["a", "b"], **options).label == method
 
 
 @given(text=st.text(max_size=80))

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.backends.protocol import Blend, Combined, Token
-from streamsoup.kernels import codes
+from streamsoup.backends import merging
+from streamsoup.backends.protocol import Blend, Combined, Portion, Token
+from streamsoup.backends.values import NumpyValues
+from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
 from streamsoup.maps import address_of
-from streamsoup.tiling import PARTIAL_ITEMSIZE, Tiling
+from streamsoup.measurement import Part
+from streamsoup.methods.protocol import Elementwise
+from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,83 @@ class CpuSlot:
             return None
         return Done(Combined(output, self._digests, self._nonfinite, self._overflowed))
 
+    def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
+        """See `Slot`."""
+        merging.look(_Pieces(np.array(addresses, np.uint64)), portion, blend, part)
+
+    def merge(
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        portion: Portion,
+        rule: Elementwise,
+        into: memoryview | None = None,
+    ) -> Token:
+        """See `Slot`."""
+        output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
+        return Done(merging.merge(_Pieces(np.array(addresses, np.uint64)), portion, blend, rule, output))
+
+
+class _Pieces:
+    """See `merging.Pieces`."""
+
+    def __init__(self, addresses: npt.NDArray[np.uint64]) -> None:
+        self._addresses = addresses
+
+    gram = staticmethod(measuring.gram)
+    halves = staticmethod(measuring.halves)
+
+    def histograms(
+        self, rows: npt.NDArray[np.float64], number: int, prefixes: npt.NDArray[np.uint32]
+    ) -> npt.NDArray[np.int64]:
+        """See `Arithmetic`."""
+        with np.errstate(over="ignore"):
+            found: npt.NDArray[np.int64] = measuring.histograms(rows.astype(np.float32), number, prefixes)
+            return found
+
+    def values(self, portion: Portion, blend: Blend, begin: int, count: int) -> NumpyValues:
+        """See `Pieces`."""
+        rows = np.empty((len(self._addresses), count))
+        measuring.decode_rows(self._addresses, blend.codes, begin, count, rows)
+        return NumpyValues(rows, portion.tensor, portion.start + begin)
+
+    def nonfinite(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
+        """See `Pieces`."""
+        finite = np.isfinite(rows)
+        return None if finite.all() else (~finite).sum(axis=1)
+
+    def store(
+        self, result: npt.NDArray[np.float64], rows: npt.NDArray[np.float64], out: memoryview, blend: Blend
+    ) -> int:
+        """See `Pieces`."""
+        result = np.ascontiguousarray(result)
+        nothing = np.zeros(1, np.uint8)
+        place = (
+            len(result),
+            0,
+            address_of(out),
+            blend.out_code,
+            nothing,
+            np.zeros(1, np.uint64),
+            np.zeros(1, np.int64),
+        )
+        source = np.array([result.ctypes.data], np.uint64), np.array([codes.F64], np.uint8), np.ones(1)
+        too_large = int(kernels.combine(*source, 1.0, *place))
+        if (bad := ~np.isfinite(result)).any():
+            too_large += int((bad & np.isfinite(rows).all(axis=0)).sum())
+        return too_large
+
+    def digests(self, blend: Blend, portion: Portion) -> npt.NDArray[np.uint64]:
+        """See `Pieces`."""
+        first = portion.start // BLOCK_ELEMENTS
+        return np.array(
+            [
+                kernels.digest(address, portion.elements * size, size, first) if hashed else 0
+                for address, size, hashed in zip(self._addresses.tolist(), blend.itemsizes, blend.hashed, strict=True)
+            ],
+            np.uint64,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -160,8 +241,10 @@ class CpuBackend:
 
     name = "cpu"
 
-    def prepare(self, *, wide: bool, fp8: bool) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
         """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
+        if measured:
+            measuring.prepare()
         code = codes.F8_E4M3 if fp8 else codes.BF16
         one = np.zeros(8, np.uint8)
         for is_wide in {False, wide}:

@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from streamsoup.backends.protocol import Blend, Combined, Token
+from streamsoup.backends import merging
+from streamsoup.backends.protocol import Blend, Combined, Portion, Token
+from streamsoup.backends.values import TorchValues
 from streamsoup.errors import RecipeError
 from streamsoup.kernels import codes
-from streamsoup.tiling import Tiling
+from streamsoup.measurement import Part
+from streamsoup.methods.protocol import Elementwise
+from streamsoup.tiling import BLOCK_ELEMENTS, Tiling
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +119,108 @@ class TorchSlot:
         self._partial = None
         return TorchToken(self, output, self._overflowed, into)
 
+    def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
+        """See `Slot`."""
+        merging.look(self._pieces(blend, portion), portion, blend, part)
+
+    def merge(
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        portion: Portion,
+        rule: Elementwise,
+        into: memoryview | None = None,
+    ) -> Token:
+        """See `Slot`."""
+        output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
+        return _Merged(merging.merge(self._pieces(blend, portion), portion, blend, rule, output))
+
+    def _pieces(self, blend: Blend, portion: Portion) -> _Pieces:
+        sizes = blend.itemsizes
+        return _Pieces(
+            [self._staging[i][: portion.elements * n].to(self._device) for i, n in enumerate(sizes)], self._device
+        )
+
+
+class _Merged:
+    """A token of work that is finished."""
+
+    def __init__(self, combined: Combined) -> None:
+        self._combined = combined
+
+    def result(self) -> Combined:
+        """See `Token`."""
+        return self._combined
+
+
+class _Pieces:
+    """See `merging.Pieces`."""
+
+    def __init__(self, sources: list[torch.Tensor], device: torch.device) -> None:
+        self._sources = sources
+        self._device = device
+
+    def gram(self, rows: torch.Tensor, centre: int | None) -> npt.NDArray[np.float64]:
+        """See `Arithmetic`."""
+        from streamsoup.kernels import torch_measuring
+
+        return np.asarray(torch_measuring.gram(rows, centre).cpu().numpy())
+
+    def halves(self, rows: torch.Tensor) -> npt.NDArray[np.float64]:
+        """See `Arithmetic`."""
+        from streamsoup.kernels import torch_measuring
+
+        return np.asarray(torch_measuring.halves(rows).cpu().numpy())
+
+    def histograms(self, rows: torch.Tensor, number: int, prefixes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """See `Arithmetic`."""
+        import torch
+
+        from streamsoup.kernels import torch_measuring
+
+        wanted = torch.from_numpy(prefixes.astype(np.int64)).to(self._device)
+        return np.asarray(torch_measuring.histograms(rows.float(), number, wanted).cpu().numpy())
+
+    def values(self, portion: Portion, blend: Blend, begin: int, count: int) -> TorchValues:
+        """See `Pieces`."""
+        import torch
+
+        from streamsoup.kernels import torch_combine
+
+        rows = torch.stack(
+            [
+                torch_combine.widen(raw[begin * n : (begin + count) * n], int(code))
+                for raw, n, code in zip(self._sources, blend.itemsizes, blend.codes, strict=True)
+            ]
+        )
+        return TorchValues(rows, portion.tensor, portion.start + begin)
+
+    def nonfinite(self, rows: torch.Tensor) -> npt.NDArray[np.int64] | None:
+        """See `Pieces`."""
+        bad = ~rows.isfinite()
+        return np.asarray(bad.sum(dim=1).cpu().numpy()) if bool(bad.any()) else None
+
+    def store(self, result: torch.Tensor, rows: torch.Tensor, out: memoryview, blend: Blend) -> int:
+        """See `Pieces`."""
+        from streamsoup.kernels import torch_combine
+
+        raw = torch_combine.encode(result, blend.out_code)
+        np.frombuffer(out, np.uint8)[:] = raw.cpu().numpy()
+        return int((torch_combine.bad(raw, blend.out_code) & rows.isfinite().all(dim=0)).sum())
+
+    def digests(self, blend: Blend, portion: Portion) -> npt.NDArray[np.uint64]:
+        """See `Pieces`."""
+        from streamsoup.kernels import torch_combine
+
+        first = portion.start // BLOCK_ELEMENTS
+        return np.array(
+            [
+                int(torch_combine.digest(raw, size, first)) % 2**64 if hashed else 0
+                for raw, size, hashed in zip(self._sources, blend.itemsizes, blend.hashed, strict=True)
+            ],
+            np.uint64,
+        )
+
 
 class TorchBackend:
     """See `Backend`.
@@ -140,7 +247,7 @@ class TorchBackend:
             raise RecipeError(f"device {device!r} cannot be used here ({reason}). Use --device cpu.") from error
         self.name = str(self._device)
 
-    def prepare(self, *, wide: bool, fp8: bool) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
         """See `Backend`."""
         from streamsoup.kernels import torch_combine  # noqa: F401
 

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from streamsoup.measurement import Part
+from streamsoup.methods.protocol import Elementwise, TensorInfo
 from streamsoup.tiling import Tiling
 
 
@@ -45,6 +47,21 @@ class Blend:
     out_code: int
     out_itemsize: int
     wide: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Which elements of which tensor lie in a slot.
+
+    Attributes
+    ----------
+    tensor : TensorInfo
+    start, elements : int
+    """
+
+    tensor: TensorInfo
+    start: int
+    elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +120,21 @@ class Slot(Protocol):
         """
         ...
 
+    def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
+        """Measure a tile: pieces of it are shown to `part`."""
+        ...
+
+    def merge(
+        self,
+        addresses: Sequence[int],
+        blend: Blend,
+        portion: Portion,
+        rule: Elementwise,
+        into: memoryview | None = None,
+    ) -> Token:
+        """Combine a tile of all ingredients element by element. `into`: as in `combine`."""
+        ...
+
 
 class Backend(Protocol):
     """A device.
@@ -115,7 +147,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def prepare(self, *, wide: bool, fp8: bool) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
         """Import and compile what a run will need, so that its memory and time are not counted in the run."""
         ...
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.units import format_binary, format_bytes, format_count, format_seconds, parse_bytes
@@ -23,6 +24,7 @@ examples:
   streamsoup soup runs/a runs/b runs/c -o soup/                   uniform average
   streamsoup soup runs/a:0.7 runs/b:0.3 -o soup/ --dtype bfloat16 weighted average
   streamsoup soup --coefficients start:-1 a:1 b:1 -o soup/        numbers applied as given
+  streamsoup soup --method ties --base start runs/* -o soup/ -p density=0.3
   streamsoup soup --recipe recipe.yaml -o soup/                   the same from a file
   streamsoup soup runs/* -o soup/ --dry-run                       only the plan
   streamsoup soup --resume soup/                                  go on after an interruption
@@ -31,11 +33,13 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
+    from streamsoup.methods.catalogue import describe_methods
+
     parser = commands.add_parser(
         "soup",
         help="average checkpoints into one",
         description="Average checkpoints into one. Each byte of the ingredients is read once.",
-        epilog=_EXAMPLES,
+        epilog=f"{_EXAMPLES}\nmethods (and their parameters):\n{describe_methods()}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -53,6 +57,29 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="do not divide by the sum of the weights: apply them as given",
     )
+    recipe.add_argument("--method", metavar="NAME", help="how to combine them (default: linear); see below")
+    recipe.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from, for methods that want it")
+    recipe.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the method, such as density=0.3; a list is a gradient over the layers: t=[0,0.5,1]",
+    )
+    recipe.add_argument(
+        "--importance",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="for method fisher: how much each element of each checkpoint matters",
+    )
+    recipe.add_argument(
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="combine only tensors with such names; the others are the first checkpoint's (or the base's)",
+    )
+    recipe.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
     recipe.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
     recipe.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
     recipe.add_argument(
@@ -119,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError("--restart throws away the work that --resume goes on with. Give one of them.")
             if args.no_sync:
                 raise UsageError("--resume always waits for the disk. Leave --no-sync out.")
+            if args.method or args.base or args.parameter or args.include or args.exclude or args.importance:
+                raise UsageError("--resume keeps method, base and parameters of the interrupted run; give it alone.")
             if args.dtype or args.shard_size or args.buffers or args.coefficients or args.as_given:
                 raise UsageError(
                     "--resume keeps --dtype, --shard-size, --buffers and --coefficients of the interrupted run; for "
@@ -185,6 +214,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             ("shard_bytes", args.shard_size and parse_bytes(args.shard_size)),
             ("buffers", args.buffers),
             ("nonfinite", args.nonfinite),
+            ("method", args.method),
+            ("base", args.base),
+            ("include", args.include),
+            ("exclude", args.exclude),
+            ("parameters", _parameters(args.parameter) or None),
         )
         if value is not None
     }
@@ -204,7 +238,25 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             paths = natural_order(paths)
     if args.coefficients:
         return make_recipe(paths, coefficients=weights or [1.0] * len(paths), **options)
-    return make_recipe(paths, weights=weights, **options)
+    return make_recipe(paths, weights=weights, importances=args.importance, **options)
+
+
+def _parameters(pairs: list[str]) -> dict[str, Any]:
+    """Read ``name=value``; a value is YAML: a number, a word, a list."""
+    from streamsoup.cli.guard import UsageError
+
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--parameter {pair}: write it as name=value.")
+        import yaml
+
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--parameter {pair}: {value!r} is neither a number, a word nor a list.") from None
+    return found
 
 
 def _split_weight(text: str) -> tuple[str, float | None]:
@@ -222,8 +274,11 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
     copied = sum(not plan.is_averaged(t) for t in range(len(plan.table)))
     tiling = plan.tiling
     facts: dict[str, Any] = {
-        "method": recipe.method,
+        "method": recipe.label,
         "ingredients": [{"path": i.path, "weight": i.weight} for i in recipe.ingredients],
+        "base": recipe.base,
+        "rules": [{"rule": rule, "tensors": count} for rule, count in plan.touched],
+        "sweeps": plan.method.sweeps + plan.method.whole_sweeps,
         "tensors": len(plan.table),
         "copied_tensors": copied,
         "parameters": plan.parameters,
@@ -242,16 +297,21 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
     if args.json:
         print(json.dumps(facts))
         return
-    print(f"{recipe.method} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
-    for number, (ingredient, checkpoint) in enumerate(zip(recipe.ingredients, plan.checkpoints, strict=True), 1):
+    print(f"{recipe.label} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
+    roles = [] if recipe.base is None else ["base"]
+    roles += [f"weight {i.weight:g}" for i in recipe.ingredients]
+    for number, (role, checkpoint) in enumerate(zip_longest(roles, plan.checkpoints), 1 - (recipe.base is not None)):
         size = format_bytes(int(checkpoint.table.nbytes.sum()))
         dtypes = "+".join(sorted({checkpoint.table.dtype(t).name for t in range(len(checkpoint.table))}))
-        print(f"  {number:>3}  {ingredient.path}  weight {ingredient.weight:g}, {size}, {dtypes}")
-    groups = "" if tiling.group == len(recipe.ingredients) else f", {tiling.group} ingredients at a time"
+        print(f"  {number or '':>3}  {checkpoint.path}  {role or 'importance'}, {size}, {dtypes}")
+    groups = "" if tiling.group == len(plan.checkpoints) else f", {tiling.group} ingredients at a time"
+    sweeps = plan.method.sweeps + plan.method.whole_sweeps
     rows = [
         ("tensors", f"{len(plan.table):,} ({copied:,} copied)"),
         ("parameters", format_count(plan.parameters)),
-        ("read", f"{format_bytes(plan.bytes_to_read)}, once ({_READ_WORDS[mode]})"),
+        ("read", f"{format_bytes(plan.bytes_to_read)}, {_reading(plan)} ({_READ_WORDS[mode]})"),
+        *([("sweeps", f"{sweeps} (to measure, then to combine)")] if sweeps > 1 else []),
+        *[("rule", f"{rule} ({count:,} tensors)") for rule, count in plan.touched],
         ("write", f"{format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s)"),
         ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
         (
@@ -264,6 +324,11 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")
+
+
+def _reading(plan: Plan) -> str:
+    once = sum(int(c.table.nbytes.sum()) for c in plan.checkpoints)
+    return "once" if plan.bytes_to_read == once else f"{plan.bytes_to_read / once:.3g} times over"
 
 
 _READ_WORDS = {"map": "mapped files", "ahead": "mapped files, read ahead", "plain": "plain reads"}

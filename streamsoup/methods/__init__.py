@@ -1,4 +1,4 @@
-"""Methods: what is measured of a tensor, and the coefficients that follow from it."""
+"""Methods: what is measured of a tensor, and how it is combined then."""
 
 from streamsoup.methods.linear import Linear, linear
 from streamsoup.methods.protocol import Coefficients, Method

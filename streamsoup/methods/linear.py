@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from streamsoup.errors import RecipeError
-from streamsoup.methods.protocol import Coefficients
+from streamsoup.methods.base import MethodBase
+from streamsoup.methods.protocol import Coefficients, TensorInfo
 
 # Below this share of Σ|w| the division amplifies rounding errors by more than a million.
 SMALLEST_SUM = Fraction(1, 10**6)
@@ -20,14 +21,16 @@ _PLAIN_EXPONENTS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(MethodBase):
     """The same coefficients for every tensor."""
 
     name: str
     numbers: Coefficients
 
-    def coefficients(self, tensor_name: str) -> Coefficients:
-        """Return the numbers; the name does not matter."""
+    fixed = True
+
+    def merge(self, tensor: TensorInfo, known: object) -> Coefficients:
+        """Return the numbers; the tensor does not matter."""
         return self.numbers
 
 

@@ -1,0 +1,170 @@
+"""What is measured of tensors, gathered from tiles that come in any order: the result is the same for any tiling.
+
+Sums over blocks of `BLOCK_ELEMENTS` are added in the shape of a binary tree over the blocks' numbers; counts are whole
+numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.kernels.measuring import BINS, ROUNDS
+from streamsoup.methods.protocol import Array, Gram, Measure, Ranks, Sums, Values
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+
+
+class Arithmetic(Protocol):
+    """What a device does with decoded rows; results are arrays of numpy. See `streamsoup.kernels.measuring`."""
+
+    def gram(self, rows: Array, centre: int | None) -> Numbers: ...
+    def halves(self, rows: Array) -> Numbers: ...
+    def histograms(self, rows: Array, number: int, prefixes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]: ...
+
+
+class TreeSum:
+    """Σ of arrays with numbers 0, 1, 2 ..., in a shape that depends on how many there are alone.
+
+    Notes
+    -----
+    Memory: an array for each level of the tree and gap between those that came.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[int, int], Numbers] = {}
+
+    def add(self, index: int, value: Numbers, level: int = 0) -> None:
+        """Take in the array of a number, or the sum of 2**level of them."""
+        while (sibling := self._nodes.pop((level, index ^ 1), None)) is not None:
+            value = sibling + value if index & 1 else value + sibling
+            level, index = level + 1, index >> 1
+        self._nodes[level, index] = value
+
+    def merge(self, other: TreeSum) -> None:
+        """Take in all that another has."""
+        for (level, index), value in other._nodes.items():
+            self.add(index, value, level)
+
+    def total(self) -> Numbers:
+        """Return the sum, once all have come."""
+        nodes = sorted(self._nodes.items(), key=lambda node: node[0][1] << node[0][0], reverse=True)
+        found = nodes[0][1]
+        for _, value in nodes[1:]:
+            found = value + found
+        return found
+
+
+class SumPart:
+    """What one tile adds to a `SumMeasurement`."""
+
+    def __init__(self, measure: Gram | Sums) -> None:
+        self.tree = TreeSum()
+        self.by_row = isinstance(measure, Sums) and measure.by_row
+        self._measure = measure
+
+    def look(self, values: Values, arithmetic: Arithmetic, first_block: int) -> None:
+        """Take in whole blocks."""
+        if isinstance(self._measure, Gram):
+            blocks = arithmetic.gram(values.rows, self._measure.centre)
+        else:
+            blocks = np.moveaxis(arithmetic.halves(self._measure.of(values)), -1, 0)
+        for number, block in enumerate(blocks, first_block):
+            self.tree.add(number, block)
+
+
+class SumMeasurement:
+    """Gathers `Gram` or `Sums`, of one tensor or of several."""
+
+    def __init__(self, measure: Gram | Sums) -> None:
+        self._measure = measure
+        self._trees: dict[int, TreeSum] = {}
+
+    def part(self) -> SumPart:
+        """Begin a tile."""
+        return SumPart(self._measure)
+
+    def merge(self, tensor: int, part: Any) -> None:
+        """Take in a tile."""
+        self._trees.setdefault(tensor, TreeSum()).merge(part.tree)
+
+    def turn(self) -> bool:
+        """After all tiles: is another round needed?"""
+        return False
+
+    @property
+    def result(self) -> Numbers:
+        """The sums."""
+        totals = [self._trees[tensor].total() for tensor in sorted(self._trees)]
+        return np.array(sum(totals[1:], totals[0]))
+
+
+class RankPart:
+    """What one tile adds to a `RankMeasurement`."""
+
+    def __init__(self, measure: Ranks, number: int, prefixes: npt.NDArray[np.uint32]) -> None:
+        self.counts: npt.NDArray[np.int64] | int = 0
+        self.by_row = False
+        self._measure = measure
+        self._round = number, prefixes
+
+    def look(self, values: Values, arithmetic: Arithmetic, first_block: int) -> None:
+        """Take in whole blocks."""
+        self.counts = self.counts + arithmetic.histograms(self._measure.of(values), *self._round)
+
+
+class RankMeasurement:
+    """Searches order statistics by their bits: three rounds of counting, 11, 11 and 9 bits."""
+
+    def __init__(self, measure: Ranks) -> None:
+        self._measure = measure
+        self._round = 0
+        self._prefixes = np.zeros((len(measure.ranks), len(measure.ranks[0])), np.uint32)
+        self._ranks = np.array(measure.ranks, np.int64)
+        self._counts: npt.NDArray[np.int64] | int = 0
+
+    def part(self) -> RankPart:
+        """Begin a tile."""
+        return RankPart(self._measure, self._round, self._prefixes)
+
+    def merge(self, tensor: int, part: Any) -> None:
+        """Take in a tile."""
+        self._counts = self._counts + part.counts
+
+    def turn(self) -> bool:
+        """After all tiles: is another round needed?"""
+        upper, low = ROUNDS[self._round]
+        below = np.cumsum(self._counts, axis=-1)
+        for place in np.ndindex(*self._ranks.shape):
+            found = int(np.searchsorted(below[place], self._ranks[place], side="right"))
+            found = min(found, (1 << (upper - low)) - 1)  # NaN in a checkpoint may leave fewer than were asked for
+            self._ranks[place] -= below[place][found - 1] if found else 0
+            self._prefixes[place] = (int(self._prefixes[place]) << (upper - low)) | found
+        self._counts = 0
+        self._round += 1
+        return self._round < len(ROUNDS)
+
+    @property
+    def result(self) -> Numbers:
+        """The order statistics."""
+        return self._prefixes.view(np.float32).astype(np.float64)
+
+
+Part: TypeAlias = SumPart | RankPart
+Measurement: TypeAlias = SumMeasurement | RankMeasurement
+
+
+def begin(measure: Measure) -> Measurement:
+    """Begin to measure."""
+    return RankMeasurement(measure) if isinstance(measure, Ranks) else SumMeasurement(measure)
+
+
+def held_bytes(checkpoints: int) -> int:
+    """Bytes that a measurement of so many checkpoints holds at most: histograms of two ranks, or a tree of matrices."""
+    return int(8 * max(2 * checkpoints * BINS, checkpoints * checkpoints * _DEEPEST))
+
+
+_DEEPEST = 40
+"""Levels of a tree over all blocks of the largest tensor, and some gaps."""
