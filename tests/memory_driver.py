@@ -66,7 +66,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(write_checkpoint(Path(folder) / f"r{i}", realistic(i, {"w": (9000,)}, JOB["warm"])))
                  for i in range(2)]  # fmt: skip
-        streamsoup.soup(paths, Path(folder) / "soup", read_mode=JOB["mode"])
+        base = {"base": paths[0]} if "base" in JOB.get("options", {}) else {}
+        streamsoup.soup(paths, Path(folder) / "soup", read_mode=JOB["mode"], **{**JOB.get("options", {}), **base})
     libc.malloc_trim(0)
     sampler = Sampler()
     if JOB["limit"]:
@@ -80,7 +81,7 @@ def main():
     try:
         result = streamsoup.soup(
             JOB["ingredients"], JOB["out"], budget_bytes=JOB["budget"], read_mode=JOB["mode"], progress=progress,
-            keep=False,
+            keep=False, **JOB.get("options", {}),
         )  # fmt: skip
         answer |= {
             "projected": result.projected_peak_bytes,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from factory import DTYPES
@@ -79,11 +80,11 @@ def plan_for(
     return dataclasses.replace(plan, tiling=tiling)
 
 
-def least_budget(paths: Sequence[str | Path], **execution: object) -> int:
+def least_budget(paths: Sequence[str | Path], *, recipe: Mapping[str, Any] | None = None, **execution: object) -> int:
     """The smallest budget that is not refused: it forces one thread, small tiles, ingredients in groups."""
-    recipe = make_recipe([str(p) for p in paths])
+    made = make_recipe([str(p) for p in paths], **(recipe or {}))
     try:
-        plan_soup(recipe, None, Execution(budget_bytes=1, **execution))  # type: ignore[arg-type]
+        plan_soup(made, None, Execution(budget_bytes=1, **execution))  # type: ignore[arg-type]
     except BudgetError as error:
         return error.least_bytes
     raise AssertionError("a budget of one byte was taken")

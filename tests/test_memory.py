@@ -60,6 +60,29 @@ def test_a_run_owns_no_more_than_its_budget(tmp_path, count, dtype, mode, budget
     assert answer["bytes_read"] == count * (15_000_015 * {"BF16": 2, "F32": 4, "F64": 8}[dtype])
 
 
+@pytest.mark.parametrize("mode", ["map", "ahead", "plain"])
+@pytest.mark.parametrize(
+    ("count", "method", "parameters"),
+    [
+        (8, "ties", {"density": 0.3}),
+        (40, "model_stock", {"cosine": "pairs"}),
+        (4, "dare_ties", {"density": 0.3, "rescale": "l1"}),
+        (3, "della", {"density": 0.5}),
+    ],
+)
+def test_what_is_measured_and_merged_stays_in_the_budget(tmp_path, count, method, parameters, mode):
+    path = str(write_sparse(tmp_path / "run.safetensors", {"w": ("BF16", (3000, 1000)), "v": ("BF16", (200_003,))}))
+    options = {"method": method, "base": path, "parameters": parameters}
+    budget = least_budget([path] * count, read_mode=mode, recipe=options)
+    answer = measure(
+        ingredients=[path] * count, out=str(tmp_path / "soup"), budget=budget, mode=mode, warm="BF16",
+        limit=True, options=options,
+    )  # fmt: skip
+    assert answer["error"] is None
+    assert answer["peak"] <= budget
+    assert answer["reported"] <= answer["projected"] <= budget
+
+
 @pytest.mark.parametrize("kind", ["private", "shared", "private, limited"])
 def test_the_proof_catches_memory_beyond_the_budget(tmp_path, kind):
     """The negative control: without it the test above might pass for the wrong reason."""

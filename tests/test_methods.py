@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 
 import dense
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 from factory import read_checkpoint, write_checkpoint
 
 import streamsoup
-from streamsoup.errors import RecipeError
+from streamsoup.errors import NonFiniteError, RecipeError
 from streamsoup.tiling import BLOCK_ELEMENTS
+from streamsoup.write import FileSink
 
 COUNT = 3
 SHAPES = {
@@ -380,3 +383,80 @@ def test_what_cannot_work_is_refused_in_a_sentence_and_leaves_nothing(tmp_path, 
     with pytest.raises(RecipeError, match=sentence):
         streamsoup.soup(paths[1:], tmp_path / "soup", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what is found, and what a run leaves ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("method", ["ties", "model_stock", "dare_linear", "sce", "della"])
+def test_every_non_finite_element_of_every_checkpoint_is_told_of(tmp_path, runs, method):
+    paths, tensors = runs
+    bad = {name: t.astype(np.float32) for name, t in tensors[2].items() if name in SHAPES} | {"ids": np.arange(3)}
+    bad["layers.0.w"][3, 7] = np.nan
+    bad["head.w"][0, :5] = np.inf
+    broken = str(write_checkpoint(tmp_path / "broken", bad))
+    with pytest.raises(NonFiniteError) as caught:
+        streamsoup.soup([paths[1], broken], tmp_path / "soup", method=method, base=paths[0])
+    text = str(caught.value)
+    assert f"layers.0.w: 1 NaN or infinite element(s) in {broken}" in text
+    assert f"head.w: 5 NaN or infinite element(s) in {broken}" in text
+    assert text.count("NaN or infinite") == 2
+
+
+def test_the_manifest_and_the_recipe_say_what_was_done(tmp_path, runs):
+    paths, _ = runs
+    parameters = {"density": [{"pattern": "head.*", "value": 0.5}, {"value": 0.2}]}
+    streamsoup.soup(paths[1:], tmp_path / "soup", method="ties", base=paths[0], parameters=parameters, exclude=["one"])
+    manifest = json.loads((tmp_path / "soup" / "streamsoup.json").read_text())
+    assert manifest["method"] == "ties"
+    assert manifest["base"]["path"] == paths[0]
+    assert [i["path"] for i in manifest["ingredients"]] == paths[1:]
+    assert len({manifest["base"]["content_digest"], *(i["content_digest"] for i in manifest["ingredients"])}) == 4
+    card = (tmp_path / "soup" / "README.md").read_text()
+    assert "density where head.*: 0.5 (1 tensors)" in card
+    recipe = streamsoup.read_recipe(tmp_path / "soup" / "recipe.yaml")
+    again = streamsoup.cook.cook(recipe, tmp_path / "again", streamsoup.Execution())
+    assert again.tensors == len(SHAPES) + 1
+    first, second = (read_checkpoint(tmp_path / name) for name in ("soup", "again"))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in SHAPES)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "karcher"])
+def test_an_interrupted_merge_goes_on_to_the_same_bits(tmp_path, runs, monkeypatch, method):
+    paths, _ = runs
+    monkeypatch.setattr("streamsoup.engine._COMMIT_SECONDS", 0.001)
+    options = {} if method == "karcher" else {"base": paths[0], "parameters": {"density": 0.3}}
+    if method == "della":
+        options["parameters"]["epsilon"] = 0.1
+    if method == "dare_ties":
+        options["parameters"]["rescale"] = "l1"
+    streamsoup.soup(paths[1:], tmp_path / "whole", method=method, **options)
+    for last in (1, 3, 6):
+        out = tmp_path / f"soup{last}"
+        calls = itertools.count()
+        write = FileSink.write
+
+        def failing(self, *args, calls=calls, last=last, write=write):
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            write(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("streamsoup.tiling._preferences", lambda n: [(8 * BLOCK_ELEMENTS, 1)])
+            patch.setattr(FileSink, "write", failing)
+            with pytest.raises(KeyboardInterrupt):
+                streamsoup.soup(paths[1:], out, method=method, **options)
+        streamsoup.resume(out, streamsoup.Execution(workers=2))
+        first, second = (read_checkpoint(folder) for folder in (tmp_path / "whole", out))
+        assert all(first[name].tobytes() == second[name].tobytes() for name in SHAPES)
+
+
+def test_each_byte_is_read_once_where_a_tensor_fits_the_budget(tmp_path, runs):
+    paths, _ = runs
+    result = streamsoup.soup(
+        paths[1:], tmp_path / "soup", method="ties", base=paths[0], parameters={"density": 0.3}, read_mode="map"
+    )
+    size = sum(int(np.prod(shape)) * 4 for shape in SHAPES.values()) + 3 * 8
+    assert result.bytes_read == 4 * size
+    assert result.bytes_written == size

@@ -95,6 +95,16 @@ def add_parser(commands: Any) -> None:
     recipe.add_argument(
         "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
     )
+    sweep = parser.add_argument_group("trying several values of a parameter")
+    sweep.add_argument(
+        "--sweep",
+        metavar="[NAME=]START:STOP:STEP",
+        help="make and score a soup for each value, and keep the best (NAME: alpha, of wise_ft)",
+    )
+    sweep.add_argument("--score", metavar="COMMAND", help="scores a checkpoint, as in `streamsoup greedy`")
+    sweep.add_argument("--metric", metavar="KEY", help="key of the JSON that it prints")
+    sweep.add_argument("--minimize", action="store_true", help="lower is better")
+    sweep.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
     add_execution_options(parser)
     parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
@@ -162,9 +172,38 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             if not args.output:
                 raise UsageError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
-            result = cook(recipe, args.output, execution)
+            if bool(args.sweep) != bool(args.score):
+                raise UsageError("--sweep and --score belong together: each value's soup is scored by the command.")
+            result = _sweep(recipe, execution, args) if args.sweep else cook(recipe, args.output, execution)
     _print_result(result, args)
     return 0
+
+
+def _sweep(recipe: Recipe, execution: Execution, args: argparse.Namespace) -> SoupResult:
+    from streamsoup.score import CommandScore
+    from streamsoup.sweeping import parse_sweep, sweep
+
+    name, values = parse_sweep(args.sweep)
+    quiet = args.quiet or args.json
+
+    def say(value: float, score: float) -> None:
+        if not quiet:
+            print(f"{name} {value:<8g} score {score:.6g}", flush=True)
+
+    found = sweep(
+        recipe,
+        args.output,
+        CommandScore(args.score, args.metric, (), args.score_timeout),
+        name=name,
+        values=values,
+        execution=dataclasses.replace(execution, progress=None),
+        minimize=args.minimize,
+        said=json.dumps([args.score, args.metric]),
+        on_trial=say,
+    )
+    if not quiet:
+        print(f"best: {name} {found.best:g}")
+    return found.soup
 
 
 _STARTED = time.time()
