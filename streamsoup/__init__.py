@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from streamsoup.recipe import Ingredient as Ingredient
     from streamsoup.recipe import Recipe as Recipe
     from streamsoup.recipe import read_recipe as read_recipe
+    from streamsoup.sliding import sliding_averages as sliding_averages
     from streamsoup.sums import RunningSoup as RunningSoup
+    from streamsoup.sweeping import sweep as sweep
 
 _HOMES = {
     "Candidate": "candidate",
@@ -45,7 +47,9 @@ _HOMES = {
     "read_recipe": "recipe",
     "resume": "cook",
     "resume_greedy": "greedy_cook",
+    "sliding_averages": "sliding",
     "soup": "cook",
+    "sweep": "sweeping",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -26,7 +26,7 @@ FLOORS = """
     making
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
-    picture
+    picture sweeping sliding
     learning comparison bench
     cli
     __main__
@@ -151,7 +151,9 @@ PUBLIC = [
     "read_recipe",
     "resume",
     "resume_greedy",
+    "sliding_averages",
     "soup",
+    "sweep",
 ]
 
 
