@@ -23,7 +23,7 @@ from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at, same_bytes
 from streamsoup.measurement import Measurement
 from streamsoup.methods import Coefficients
-from streamsoup.methods.protocol import Elementwise, Rule
+from streamsoup.methods.protocol import Rule
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, Tile
 from streamsoup.read import Source
@@ -249,27 +249,19 @@ class Engine:
         if not plan.is_averaged(tile.tensor):
             self._copy(slot, tile, places, began)
         elif plan.method.fixed:
-            self._average(slot, tile, places, began, plan.numbers(tile.tensor))
+            self._average(slot, tile, places, began)
         else:
-            rule = self._rules.get(tile.tensor)
-            if rule is None:
-                rule = self._rule_of_tile(slot, tile, places)
-            if isinstance(rule, Coefficients):
-                self._average(slot, tile, places, began, rule)
-            else:
-                self._merge(slot, tile, places, began, rule)
+            self._merge(slot, tile, places, began)
 
-    def _rule_of_tile(self, slot: Slot, tile: Tile, places: Sequence[Place]) -> Rule:
+    def _rule_of_tile(self, slot: Slot, tile: Tile, addresses: Sequence[int]) -> Rule:
         """Measure a tensor that lies in one tile."""
-        step = Asked(self._plan.method.merge(self._plan.info(tile.tensor), self.known))
-        if step.rule is None:
-            addresses = self._fetch_group(slot, range(len(places)), places)
-            while step.rule is None:
-                self._look(slot, tile, addresses, step.measurement)
-                step.turn()
-                with self._lock:
-                    self._swept_bytes += self._tile_bytes(tile)
-        return step.rule
+        asked = Asked(self._plan.method.merge(self._plan.info(tile.tensor), self.known))
+        while asked.rule is None:
+            self._look(slot, tile, addresses, asked.measurement)
+            asked.turn()
+            with self._lock:
+                self._swept_bytes += self._tile_bytes(tile)
+        return asked.rule
 
     def _measure(
         self, measurements: Mapping[int, Measurement], slot: Slot, tile: Tile, places: Sequence[Place], began: float
@@ -295,14 +287,24 @@ class Engine:
         """Dtypes only."""
         return self._blend(tensor, self._ones)
 
-    def _merge(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float, rule: Elementwise) -> None:
-        blend = self._values_blend(tile.tensor)
-        place = tile.start * blend.out_itemsize
-        room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
+    def _merge(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+        """Combine a tile by what its tensor's numbers say; all ingredients are in the slot at once."""
         addresses = self._fetch_group(slot, range(len(places)), places)
         read = time.perf_counter() - began
-        combined = slot.merge(addresses, blend, self._portion(tile), rule, room).result()
-        self._store(tile, blend, combined, room is None, began, read)
+        rule = self._rules.get(tile.tensor) or self._rule_of_tile(slot, tile, addresses)
+        if isinstance(rule, Coefficients):
+            blend = self._blend(tile.tensor, rule)
+            room = self._room(tile, blend)
+            token = slot.combine(addresses, blend, 0, tile.elements, tile.start // BLOCK_ELEMENTS, room)
+        else:
+            blend = self._values_blend(tile.tensor)
+            room = self._room(tile, blend)
+            token = slot.merge(addresses, blend, self._portion(tile), rule, room)
+        assert token is not None
+        self._store(tile, blend, token.result(), room is None, began, read)
+
+    def _room(self, tile: Tile, blend: Blend) -> memoryview | None:
+        return self._sink.room(tile.tensor, tile.start * blend.out_itemsize, tile.elements * blend.out_itemsize)
 
     def _store(self, tile: Tile, blend: Blend, combined: Combined, writes: bool, began: float, read: float) -> None:
         """Write a tile that was combined, unless it lies in the sink's own memory, and record it."""
@@ -319,19 +321,18 @@ class Engine:
         )
         self._finish(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
 
-    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float, numbers: Coefficients) -> None:
+    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+        """Combine a tile by numbers that are known beforehand, a group of ingredients at a time."""
         plan = self._plan
-        blend = self._blend(tile.tensor, numbers)
-        first_block = tile.start // BLOCK_ELEMENTS
-        place = tile.start * blend.out_itemsize
-        room = self._sink.room(tile.tensor, place, tile.elements * blend.out_itemsize)
+        blend = self._blend(tile.tensor, plan.numbers(tile.tensor))
+        room = self._room(tile, blend)
         token, read = None, time.perf_counter() - began
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
             start = time.perf_counter()
             addresses = self._fetch_group(slot, group, places)
             read += time.perf_counter() - start
-            token = slot.combine(addresses, blend, first, tile.elements, first_block, room)
+            token = slot.combine(addresses, blend, first, tile.elements, tile.start // BLOCK_ELEMENTS, room)
         assert token is not None
         self._store(tile, blend, token.result(), room is None, began, read)
 
