@@ -35,10 +35,10 @@ def reduce_all(plan: Plan, engine: Engine, done: Mapping[int, Sequence[tuple[int
 def _reduce_batch(
     plan: Plan, engine: Engine, batch: Sequence[int], done: Mapping[int, Sequence[tuple[int, int]]]
 ) -> None:
-    # What lies in one tile is measured by the worker that has it, at once.
-    several = [t for t in batch if not plan.is_one_tile(t)]
+    # What lies in one tile is measured by the worker that has it, at once; but not what an earlier run did a part of.
+    several = [t for t in batch if done.get(t) or not plan.is_one_tile(t)]
     asked = {t: Asked(plan.method.merge(plan.info(t), engine.known)) for t in several}
-    kept = all(plan.is_kept(t) for t in several)
+    kept = not plan.staged and all(plan.is_kept(t) for t in several)
     swept = False
     while wanting := [t for t in several if asked[t].wants]:
         engine.measure(

@@ -250,7 +250,7 @@ class Plan:
         for tensor in self.averaged:
             if next(self.tiles_of(tensor, done.get(tensor, ())), None) is None:
                 continue
-            several = not self.is_one_tile(tensor)
+            several = bool(done.get(tensor)) or not self.is_one_tile(tensor)
             if batch and (held + self.bytes_of(tensor) > self.budget_bytes or measured + several > MOST_MEASURED):
                 yield batch
                 batch, held, measured = [], 0, 0
