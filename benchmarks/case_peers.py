@@ -153,6 +153,44 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def markdown(figures: dict[str, Any]) -> list[str]:
+    """Lines for the README: a row for each tool, a column for each case."""
+    cases = figures["cases"]
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    heads = [f"{c['ingredients']} × {c['dtype']}, {c['read_bytes'] / 1e9:.1f} GB" for c in cases]
+    lines = [
+        f"Warm; {versions}. How many times our time: *whole process, with start and imports / engine alone*; neither "
+        "waits for the disk, as the peers never do. Below: shares of correctly rounded elements, where not 100 %, and "
+        "owned memory.",
+        "",
+        f"| | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(cases)}",
+    ]
+    for tool, name in {"ours-unsynced": "**ours, not synced**", "ours": "ours, durable"}.items():
+        seconds = [[c["tools"][tool][f"{what}_seconds"]["median"] for what in ("process", "engine")] for c in cases]
+        lines.append(f"| {name} | {' | '.join(f'{p:.2f} / {e:.2f} s' for p, e in seconds)} |")
+    for peer, (_, name) in PEERS.items():
+        lines.append(f"| {name} | {' | '.join(_times(c, peer) for c in cases)} |")
+    lines.append(f"| *owned, ours* | {' | '.join(_owned(c, ['ours']) for c in cases)} |")
+    lines.append(f"| *owned, peers* | {' | '.join(_owned(c, list(PEERS)) for c in cases)} |")
+    return lines
+
+
+def _times(case: dict[str, Any], peer: str) -> str:
+    if peer not in case["tools"]:
+        return f"failed: {case['failures'][peer]}"
+    found, ours = case["tools"][peer], case["tools"]["ours-unsynced"]
+    ratios = [found[key]["median"] / ours[key]["median"] for key in ("process_seconds", "engine_seconds")]
+    share = found["share_correctly_rounded"]
+    wrong = "" if share == 1 else f", {_percent(share, 1)} correct"
+    return f"{ratios[0]:.1f} / {ratios[1]:.0f}{wrong}"
+
+
+def _owned(case: dict[str, Any], tools: list[str]) -> str:
+    sizes = [case["tools"][tool]["owned_bytes"] / 2**20 for tool in tools if tool in case["tools"]]
+    return f"{min(sizes):.0f}" + (f"-{max(sizes):.0f}" if len(sizes) > 1 else "") + " MiB"
+
+
 def _ours(found: dict[str, Any]) -> str:
     process, engine = (found[f"{what}_seconds"]["median"] for what in ("process", "engine"))
     return f"{process:.2f} s; engine {engine:.2f} s; {_rest(found)}"
@@ -170,6 +208,6 @@ def _rest(found: dict[str, Any]) -> str:
     return f"owned {owned} MiB (resident {resident}); {_percent(found['share_correctly_rounded'])} correct"
 
 
-def _percent(share: float) -> str:
+def _percent(share: float, digits: int = 3) -> str:
     """Percent, rounded down: 100 % is said of all only."""
-    return "100 %" if share == 1 else f"{int(share * 1e5) / 1e3:.3f} %"
+    return "100 %" if share == 1 else f"{int(share * 10 ** (digits + 2)) / 10**digits:.{digits}f} %"

@@ -18,6 +18,7 @@ from pathlib import Path
 from environments import DEFAULT_DIR
 
 from streamsoup.bench.machine import machine_facts
+from streamsoup.bench.scratch import scratch_folder
 
 CASES = (
     "soup_warm",
@@ -49,9 +50,9 @@ def main() -> None:
     name = args.case.replace("-", "_")
     options = {"environments": args.environments, "only": args.only} if name == "peers" else {}
     before = machine_facts()
-    with tempfile.TemporaryDirectory(prefix="streamsoup-bench-", dir=args.dir) as folder:
+    with scratch_folder(args.dir) as folder:
         case = importlib.import_module(f"case_{name}")
-        figures = case.run(Path(folder), repeats=args.repeats, small=args.small, **options)
+        figures = case.run(folder, repeats=args.repeats, small=args.small, **options)
     result = {
         "case": args.case,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

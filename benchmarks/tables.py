@@ -20,12 +20,15 @@ _PLACE = re.compile(r"(<!-- bench:(?P<case>[a-z-]+) -->\n).*?(<!-- /bench -->)",
 def render(case: str) -> str:
     """Make the table of one case."""
     result = json.loads((HERE / "results" / f"{case}.json").read_text(encoding="utf-8"))
-    rows = importlib.import_module(f"case_{case.replace('-', '_')}").table(result["figures"])
+    module = importlib.import_module(f"case_{case.replace('-', '_')}")
     machine = result["machine"]
     where = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"load {machine['load_average']:.1f}, {result['when'][:10]}"
     )
+    if hasattr(module, "markdown"):  # too wide a table for two columns
+        return "\n".join([f"**{case}**: {where}.", *module.markdown(result["figures"])]) + "\n"
+    rows = module.table(result["figures"])
     lines = [f"| {case} | {where} |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
     return "\n".join(lines) + "\n"
 

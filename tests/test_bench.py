@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from factory import fine_tunes
 import streamsoup
 from streamsoup.bench import BenchOptions, ceilings, machine, run_bench
 from streamsoup.bench.presets import PRESETS
+from streamsoup.bench.scratch import scratch_folder
 from streamsoup.bench.synthetic import checkpoint_bytes
 from streamsoup.cli import main
 from streamsoup.errors import DiskSpaceError, RecipeError, StreamsoupError
@@ -225,3 +228,21 @@ def test_wrong_usage_is_one_sentence(tmp_path, monkeypatch, capfd, arguments, wo
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from streamsoup.bench.scratch import scratch_folder\n"
+        "with scratch_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'large').write_bytes(b'x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    mine = tmp_path / "streamsoup-bench-mine"
+    mine.mkdir()
+    with scratch_folder(tmp_path) as first, scratch_folder(tmp_path) as second:
+        assert not left.exists()
+        assert {first, second, mine} == set(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [mine]

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from streamsoup.bench import ceilings
 from streamsoup.bench.machine import drop, last_level_cache_bytes, machine_facts, warm
 from streamsoup.bench.presets import PRESETS
 from streamsoup.bench.report import BenchReport, Ceiling, EngineFigures, Spread, Stage
+from streamsoup.bench.scratch import scratch_folder
 from streamsoup.bench.synthetic import checkpoint_bytes, make_checkpoints
 from streamsoup.budget import available_cores, default_budget_bytes, free_bytes
 from streamsoup.checkpoints import Checkpoint, open_checkpoints
@@ -97,8 +97,7 @@ def run_bench(options: BenchOptions, *, step: Callable[[str], None] = lambda tex
     last-level cache, and the budget.
     """
     when, machine = datetime.now(UTC).isoformat(timespec="seconds"), machine_facts()
-    with tempfile.TemporaryDirectory(prefix="streamsoup-bench-", dir=options.folder) as name:
-        folder = Path(name)
+    with scratch_folder(options.folder) as folder:
         checkpoints, what = _checkpoints(options, folder, step)
         bench = _Bench(options, folder, checkpoints, what, step)
         step("the engine, once: compiling, if need be")
