@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streamsoup.errors import StreamsoupError as StreamsoupError
     from streamsoup.execution import Execution as Execution
     from streamsoup.execution import SoupResult as SoupResult
+    from streamsoup.from_mergekit_config import from_mergekit as from_mergekit
     from streamsoup.greedy_cook import greedy as greedy
     from streamsoup.greedy_cook import resume_greedy as resume_greedy
     from streamsoup.greedy_job import GreedyResult as GreedyResult
@@ -42,6 +43,7 @@ _HOMES = {
     "RunningSoup": "sums",
     "SoupResult": "execution",
     "StreamsoupError": "errors",
+    "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "plan_soup": "cook",
     "read_recipe": "recipe",

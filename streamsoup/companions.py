@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from streamsoup.dtypes import DType
 from streamsoup.files import write_durably, writing_to
@@ -29,6 +30,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _NOT_OURS = re.compile(
     r".*\.index\.json|trainer_state\.json|.*_results\.json|streamsoup\.json|decisions\.json|recipe\.ya?ml|\..*|requirements\.txt"
 )
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NOT_FOLDERS = re.compile(r"checkpoint-.*|runs|logs|wandb|global_step.*|__pycache__|\..*")
 
 
@@ -47,8 +49,18 @@ def _is_companion(file: Path) -> bool:
     return file.is_file() and file.suffix in _SUFFIXES and not _NOT_OURS.fullmatch(file.name)
 
 
-def copy_companions(source: Path, target: Path, *, dtype: DType | None) -> list[str]:
+def copy_companions(
+    source: Path, target: Path, *, dtype: DType | None, layers: Sequence[int] | None = None, layers_before: int = 0
+) -> list[str]:
     """Copy them; with another output dtype, ``config.json`` names that one.
+
+    Parameters
+    ----------
+    source, target : Path
+    dtype : DType or None
+    layers : sequence of int, optional
+        Where layers were picked: their numbers in the source, which had `layers_before`. ``config.json`` is made to
+        agree.
 
     Returns
     -------
@@ -62,18 +74,35 @@ def copy_companions(source: Path, target: Path, *, dtype: DType | None) -> list[
             shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
         copied.append(str(name))
     config = target / "config.json"
-    if dtype is not None and config.exists():
-        _set_dtype(config, dtype)
+    if (dtype is not None or layers is not None) and config.exists():
+        _correct(config, dtype, layers, layers_before)
     return copied
 
 
-def _set_dtype(config: Path, dtype: DType) -> None:
+def _correct(config: Path, dtype: DType | None, layers: Sequence[int] | None, layers_before: int) -> None:
     try:
         document = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
         return  # not JSON after all: copied as it is
-    keys = [key for key in ("dtype", "torch_dtype") if isinstance(document, dict) and key in document]
-    for key in keys:
-        document[key] = dtype.torch_name
-    if keys:
-        write_durably(config, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    if not isinstance(document, dict):
+        return
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes = {key: dtype.torch_name for key in ("dtype", "torch_dtype") if key in document}
+    if layers is not None:
+        changes |= _with_layers(document, layers, layers_before)
+    if changes:
+        write_durably(config, json.dumps({**document, **changes}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _with_layers(document: Mapping[str, Any], layers: Sequence[int], before: int) -> dict[str, Any]:
+    """What a configuration says of its layers, for those that were picked."""
+    changes: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in _LAYER_COUNTS and value == before:
+            changes[key] = len(layers)
+        elif key == "layer_types" and isinstance(value, list) and len(value) == before:
+            changes[key] = [value[layer] for layer in layers]
+        elif key == "text_config" and isinstance(value, Mapping):
+            changes[key] = {**value, **_with_layers(value, layers, before)}
+    return changes

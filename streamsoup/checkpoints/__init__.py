@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.sliced import open_sliced, split_parts
 from streamsoup.checkpoints.table import TensorTable
 from streamsoup.errors import CheckpointNotFoundError
 
@@ -35,7 +36,12 @@ def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
     CheckpointError
     """
     parsed = Parsed()
-    return [open_safetensors(path, parsed) for path in paths]
+    return [_open(path, parsed) for path in paths]
+
+
+def _open(path: str, parsed: Parsed) -> Checkpoint:
+    parts = split_parts(path)
+    return open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:

@@ -81,17 +81,7 @@ def add_parser(commands: Any) -> None:
     )
     recipe.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
     recipe.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
-    recipe.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
-    recipe.add_argument(
-        "--buffers",
-        choices=("identical", "first"),
-        help="non-float tensors that differ: refuse (default), or take the first checkpoint's",
-    )
-    recipe.add_argument(
-        "--nonfinite",
-        choices=("error", "warn", "allow"),
-        help="NaN or infinity in a checkpoint (default: error)",
-    )
+    add_output_options(recipe)
     recipe.add_argument(
         "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
     )
@@ -108,7 +98,22 @@ def add_parser(commands: Any) -> None:
     add_execution_options(parser)
     parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
-    parser.set_defaults(run=run, guarded=True, on_death=after_death)
+    parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death)
+
+
+def add_output_options(group: Any) -> None:
+    """Add what every recipe may say beside its method."""
+    group.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
+    group.add_argument(
+        "--buffers",
+        choices=("identical", "first"),
+        help="non-float tensors that differ: refuse (default), or take the first checkpoint's",
+    )
+    group.add_argument(
+        "--nonfinite",
+        choices=("error", "warn", "allow"),
+        help="NaN or infinity in a checkpoint (default: error)",
+    )
 
 
 def add_execution_options(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             result = resume(args.resume, execution, nonfinite=args.nonfinite)
         else:
-            recipe = _recipe(args)
+            recipe = args.recipe_of(args)
             if args.dry_run:
                 plan, mode = plan_soup(recipe, args.output, execution)
                 _print_plan(plan, recipe, mode, execution, args)
