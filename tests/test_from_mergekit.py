@@ -340,6 +340,18 @@ def test_layers_are_copied_renumbered_and_scaled(runs, cli):
     assert (runs / "again" / "model.safetensors").read_bytes() == (runs / "soup" / "model.safetensors").read_bytes()
 
 
+def test_picked_layers_are_a_checkpoint_like_any_other(runs, cli):
+    path = f"{runs}/a[0:3]+{runs}/b[2:4]"
+    shown = cli("inspect", path, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["checkpoints"][0]["tensors"] == 3 + 2 * 5
+    done = cli("soup", path, f"{runs}/b[0:3]+{runs}/c[2:4]", "-o", "soup")
+    assert done.returncode == 0, done.stderr
+    refused = cli("soup", "a[0:3]+b[2:4]", "a", "-o", "other")
+    assert refused.returncode == 1
+    assert "b is not an absolute path" in refused.stderr
+
+
 @pytest.mark.parametrize("read_mode", ["map", "ahead", "plain"])
 def test_layers_come_from_any_shard_in_any_order(runs, read_mode):
     write_checkpoint(runs / "sharded", realistic(0, SHAPES, "F32"), shards=3)

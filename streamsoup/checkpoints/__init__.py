@@ -54,7 +54,7 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     """
     expanded: list[str] = []
     for path in paths:
-        if glob.has_magic(path) and not os.path.exists(path):
+        if glob.has_magic(path) and not os.path.exists(path) and not split_parts(path):
             found = _natural(glob.glob(path))
             if not found:
                 raise CheckpointNotFoundError(f"{path}: matches no file or folder.", path=path)

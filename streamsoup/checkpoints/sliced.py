@@ -73,11 +73,25 @@ def join_parts(parts: Sequence[Part]) -> str:
 
 
 def split_parts(path: str) -> tuple[Part, ...]:
-    """Read such a path; nothing where it is a plain one."""
+    """Read such a path; nothing where it is a plain one.
+
+    Raises
+    ------
+    CheckpointError
+        If it would not mean the same from another folder.
+    """
     if not path.endswith("]") or os.path.exists(path):
         return ()
     found = [_PART.fullmatch(part) for part in re.split(r"(?<=\])\+", path)]
-    return tuple(Part(m[1], int(m[2]), int(m[3])) for m in found if m) if all(found) else ()
+    parts = tuple(Part(m[1], int(m[2]), int(m[3])) for m in found if m) if all(found) else ()
+    for part in parts[1:]:
+        if not os.path.isabs(part.path):
+            raise CheckpointError(
+                f"{path}: {part.path} is not an absolute path, so it would mean another checkpoint in another folder. "
+                "Write all paths from the root.",
+                path=path,
+            )
+    return parts
 
 
 def open_sliced(path: str, parts: Sequence[Part], parsed: Parsed | None = None) -> SlicedCheckpoint:
