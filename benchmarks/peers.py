@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py PEER OUT CHECKPOINTS...
 
-CHECKPOINTS are .safetensors files, OUT is a new folder. The last line of the output is JSON with `engine_seconds`: the
-time without Python's start and the imports.
+CHECKPOINTS are .safetensors files (of mergekit-config: one recipe of mergekit), OUT is a new folder. The last line of
+the output is JSON with `engine_seconds`: the time without Python's start and the imports.
 """
 
 from __future__ import annotations
@@ -93,6 +93,15 @@ def mergekit_float32(out: Path, files: list[str]) -> float:
     return _mergekit(out, files, {"dtype": "float32", "out_dtype": file_dtype(files[0])})
 
 
+def mergekit_config(out: Path, files: list[str]) -> float:
+    """mergekit-pytorch, by a recipe."""
+    from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
+
+    began = time.perf_counter()
+    mergekit_pytorch([files[0], str(out), "--random-seed", "0"], standalone_mode=False)
+    return time.perf_counter() - began
+
+
 def _mergekit(out: Path, files: list[str], dtypes: dict[str, str]) -> float:
     """Call the function behind the command mergekit-pytorch, as the command does."""
     import yaml
@@ -134,6 +143,7 @@ PEERS: dict[str, Callable[[Path, list[str]], float]] = {
     "torch-averagedmodel": torch_averagedmodel,
     "mergekit-float32": mergekit_float32,
     "mergekit-default": mergekit_default,
+    "mergekit-config": mergekit_config,
     "sd-mecha": sd_mecha_n_average,
 }
 

@@ -28,6 +28,7 @@ CASES = (
     "startup",
     "greedy",
     "peers",
+    "mergekit",
     "beyond_ram",
     "many_tensors",
     "scaling",
@@ -45,10 +46,12 @@ def main() -> None:
     parser.add_argument(
         "--environments", type=Path, default=DEFAULT_DIR, help="of peers: what benchmarks/environments.py made"
     )
-    parser.add_argument("--only", default="", metavar="N-DTYPE,...", help="of peers: these cases only")
+    parser.add_argument(
+        "--only", default="", metavar="CASE,...", help="of peers: such as 8-bf16; of mergekit: such as ties,slerp"
+    )
     args = parser.parse_args()
     name = args.case.replace("-", "_")
-    options = {"environments": args.environments, "only": args.only} if name == "peers" else {}
+    options = {"environments": args.environments, "only": args.only} if name in ("peers", "mergekit") else {}
     before = machine_facts()
     with scratch_folder(args.dir) as folder:
         case = importlib.import_module(f"case_{name}")
