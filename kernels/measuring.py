@@ -9,7 +9,18 @@ from numpy.typing import NDArray
 
 from .codes import BLOCK
 
-__all__ = ["BINS", "ROUNDS", "decode_rows", "gram", "halves", "histograms", "prepare", "uniform"]
+__all__ = [
+    "BINS",
+    "ROUNDS",
+    "decode_rows",
+    "gram",
+    "halves",
+    "histograms",
+    "prepare",
+    "prepare_survey",
+    "survey",
+    "uniform",
+]
 
 BINS = 2048
 """Bins of a histogram: at most 11 bits."""
@@ -120,9 +131,78 @@ def uniform(keys: NDArray[np.uint64], start: int, count: int) -> NDArray[np.floa
     return out
 
 
+def survey(
+    sources: NDArray[np.uint64],
+    codes: NDArray[np.uint8],
+    begin: int,
+    elements: int,
+    first_block: int,
+    *,
+    based: bool,
+    digests: NDArray[np.uint64],
+    nonfinite: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Measure all of some elements of every source: how large and how far apart they are, block by block.
+
+    Parameters
+    ----------
+    sources : ndarray, shape (N,), uint64
+        Addresses of their first elements; any alignment.
+    codes : ndarray, shape (N,), uint8
+        Their dtypes, PAIR excluded.
+    begin, elements : int
+        Which elements; `begin` is that of a block.
+    first_block : int
+        Number in the tensor of the first of them.
+    based : bool
+        The first source is the base of the others, and not one of them.
+    digests : ndarray, shape (N,), uint64
+        Changed: the digests of the blocks are added.
+    nonfinite : ndarray, shape (N,), int64
+        Changed: NaN and infinite elements are added.
+
+    Returns
+    -------
+    ndarray, shape (ceil(elements / BLOCK), N (N + 1) / 2 + 3), float64
+        For each block the lower triangle, row by row, of the inner products of the first source and of the
+        differences of the others from it; then how many elements are not the same in all of those that are compared,
+        in how many one of them differs from the base, and in how many two differ from it in opposite directions
+        (without a base: from the first).
+
+    Notes
+    -----
+    Memory: a block of every source, and 33 KiB. Releases the GIL. Each byte is read once from memory. Source: own.
+    """
+    from . import native
+    from .native_survey import ROOM, ROW, SCRATCH_BYTES, rooms
+
+    count = len(sources)
+    out = np.empty((-(-elements // BLOCK), count * (count + 1) // 2 + 3))
+    native.built("survey")(
+        sources, codes, begin, elements, first_block, int(based), out, digests, nonfinite,
+        np.ones(1), _aligned(count, ROW), _aligned(rooms(count), ROOM), np.empty(count, np.uint64),
+        np.empty(SCRATCH_BYTES, np.uint8),
+    )  # fmt: skip
+    return out
+
+
+def _aligned(rows: int, columns: int) -> NDArray[np.float64]:
+    """Make an array that begins a cache line: vectors that straddle two cost the products 40 %."""
+    room = np.empty(rows * columns + 8)
+    first = -room.ctypes.data % 64 // 8
+    return room[first : first + rows * columns].reshape(rows, columns)
+
+
 def prepare() -> None:
-    """Compile everything here, or load it from numba's cache."""
+    """Compile everything here but `survey`, or load it from numba's cache."""
     from . import native
 
-    for name in ("decode", "gram", "histograms", "uniform"):
+    for name in ("decode", "gram", "histograms", "uniform", "halves", "vector_machine"):
         native.built(name)
+
+
+def prepare_survey() -> None:
+    """Compile the loop of `survey`, or load it from numba's cache."""
+    from . import native
+
+    native.built("survey")

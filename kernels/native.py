@@ -177,17 +177,25 @@ def _build_sum(stamp: int) -> Any:
     return loop
 
 
-def _measuring(name: str) -> Any:
+def _from(module: str, name: str) -> Any:
     def build(stamp: int) -> Any:
-        from . import native_measuring
+        from importlib import import_module
 
-        return getattr(native_measuring, f"build_{name}")(stamp)
+        return getattr(import_module(f".{module}", __package__), f"build_{name}")(stamp)
 
     return build
 
 
+def _build_survey(stamp: int) -> Any:
+    from .native_survey import build_survey
+
+    return build_survey(stamp)
+
+
 _BUILDERS = {"combine": _build_combine, "wide": _build_wide, "digest": _build_digest, "sum": _build_sum}
-_BUILDERS |= {name: _measuring(name) for name in ("decode", "gram", "histograms", "uniform")}
+_BUILDERS["survey"] = _build_survey
+_BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram", "histograms", "uniform")}
+_BUILDERS |= {name: _from("native_machine", name) for name in ("halves", "vector_machine")}
 _BUILT: dict[str, Any] = {}
 
 

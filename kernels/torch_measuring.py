@@ -6,7 +6,7 @@ from torch import Tensor
 from .codes import BLOCK
 from .measuring import BINS, ROUNDS
 
-__all__ = ["gram", "halves", "histograms", "uniform"]
+__all__ = ["gram", "halves", "histograms", "survey", "uniform"]
 
 
 def halves(rows: Tensor) -> Tensor:
@@ -28,6 +28,21 @@ def gram(rows: Tensor, centre: int | None) -> Tensor:
         rows[centre] = 0.0
     products = torch.stack([halves(rows * row) for row in rows])
     return products.movedim(-1, 0).contiguous()
+
+
+def survey(rows: Tensor, *, based: bool) -> Tensor:
+    """See `measuring.survey`; of decoded rows, and without digests and counts of what is not finite."""
+    count = len(rows)
+    rows[1:] -= rows[0].clone()
+    others = rows[1:] if based else torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
+    low = torch.full_like(rows[0], float("inf") if based else 0.0)
+    high = -low
+    for row in others:
+        low, high = torch.where(row < low, row, low), torch.where(row > high, row, high)
+    below, above = low < 0, high > 0
+    counts = halves(torch.stack([low < high, below | above, below & above]).double())
+    products = [halves(rows[: k + 1] * rows[k]) for k in range(count)]
+    return torch.cat([*products, counts]).movedim(-1, 0).contiguous()
 
 
 def histograms(keys: Tensor, number: int, prefixes: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from streamsoup._version import __version__
 
 if TYPE_CHECKING:
     from streamsoup.candidate import Candidate as Candidate
+    from streamsoup.comparison import Comparison as Comparison
+    from streamsoup.comparison import compare as compare
     from streamsoup.cook import plan_soup as plan_soup
     from streamsoup.cook import resume as resume
     from streamsoup.cook import soup as soup
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Candidate": "candidate",
+    "Comparison": "comparison",
     "Execution": "execution",
     "GreedyResult": "greedy_job",
     "Ingredient": "recipe",
@@ -43,6 +46,7 @@ _HOMES = {
     "RunningSoup": "sums",
     "SoupResult": "execution",
     "StreamsoupError": "errors",
+    "compare": "comparison",
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "plan_soup": "cook",

@@ -6,6 +6,8 @@ numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -42,6 +44,19 @@ class TreeSum:
             value = sibling + value if index & 1 else value + sibling
             level, index = level + 1, index >> 1
         self._nodes[level, index] = value
+
+    def add_run(self, first: int, values: Numbers) -> None:
+        """Take in arrays with consecutive numbers, stacked: level by level, the same sums as one by one."""
+        level = 0
+        while len(values):
+            if first & 1:
+                self.add(first, values[0].copy(), level)
+                first, values = first + 1, values[1:]
+            if len(values) & 1:
+                self.add(first + len(values) - 1, values[-1].copy(), level)
+                values = values[:-1]
+            values = values[::2] + values[1::2]
+            first, level = first >> 1, level + 1
 
     def merge(self, other: TreeSum) -> None:
         """Take in all that another has."""
@@ -152,8 +167,117 @@ class RankMeasurement:
         return self._prefixes.view(np.float32).astype(np.float64)
 
 
-Part: TypeAlias = SumPart | RankPart
-Measurement: TypeAlias = SumMeasurement | RankMeasurement
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What is known of one tensor after one sweep.
+
+    Attributes
+    ----------
+    gram : float64 array, shape (checkpoints, checkpoints)
+        Inner products of the first checkpoint and of the differences of the others from it.
+    varying : int
+        Elements that are not the same in all checkpoints (but for the base).
+    moved : int
+        Elements in which a checkpoint differs from the first.
+    conflicts : int
+        Elements in which two checkpoints differ from the first in opposite directions.
+    digests : uint64 array, shape (checkpoints,)
+    nonfinite : int64 array, shape (checkpoints,)
+    """
+
+    gram: Numbers
+    varying: int
+    moved: int
+    conflicts: int
+    digests: npt.NDArray[np.uint64]
+    nonfinite: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(totals: Numbers, digests: npt.NDArray[np.uint64], nonfinite: npt.NDArray[np.int64]) -> Surveyed:
+        """Unpack what `streamsoup.kernels.measuring.survey` adds up to."""
+        count = len(digests)
+        rows, columns = np.tril_indices(count)
+        gram = np.empty((count, count))
+        gram[rows, columns] = gram[columns, rows] = totals[:-3]
+        varying, moved, conflicts = (int(n) for n in totals[-3:])
+        return Surveyed(gram, varying, moved, conflicts, digests, nonfinite)
+
+
+class SurveyPart:
+    """What one tile adds to a `SurveyMeasurement`."""
+
+    def __init__(self, checkpoints: int, *, based: bool) -> None:
+        self.tree = TreeSum()
+        self.based = based
+        self.elements = 0
+        self.digests = np.zeros(checkpoints, np.uint64)
+        self.nonfinite = np.zeros(checkpoints, np.int64)
+
+    def add(self, blocks: Numbers, first_block: int, elements: int) -> None:
+        """Take in what was found of some blocks."""
+        self.tree.add_run(first_block, blocks)
+        self.elements += elements
+
+
+class SurveyMeasurement:
+    """Surveys several tensors in one sweep, and hands each over as soon as all of it was seen.
+
+    Parameters
+    ----------
+    checkpoints : int
+    based : bool
+        The first is the base of the others, and not one of them.
+    sizes : int64 array, shape (tensors,)
+        Elements of each tensor.
+    found : callable taking a tensor and a Surveyed
+        One call at a time, in any order of tensors.
+
+    Notes
+    -----
+    Memory: matrices of those tensors that are under way, about one for each worker.
+    """
+
+    def __init__(
+        self,
+        checkpoints: int,
+        *,
+        based: bool,
+        sizes: npt.NDArray[np.int64],
+        found: Callable[[int, Surveyed], None],
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._based = based
+        self._sizes = sizes
+        self._found = found
+        self._open: dict[int, SurveyPart] = {}
+
+    def part(self) -> SurveyPart:
+        """Begin a tile."""
+        return SurveyPart(self._checkpoints, based=self._based)
+
+    def merge(self, tensor: int, part: Any) -> None:
+        """Take in a tile."""
+        whole = self._open.setdefault(tensor, part)
+        if whole is not part:
+            whole.tree.merge(part.tree)
+            whole.elements += part.elements
+            whole.digests += part.digests
+            whole.nonfinite += part.nonfinite
+        if whole.elements == self._sizes[tensor]:
+            del self._open[tensor]
+            self._found(tensor, Surveyed.of(whole.tree.total(), whole.digests, whole.nonfinite))
+
+    def turn(self) -> bool:
+        """After all tiles: is another round needed?"""
+        return False
+
+    @property
+    def result(self) -> None:
+        """Nothing: all was handed over."""
+
+
+Part: TypeAlias = SumPart | RankPart | SurveyPart
+Measurement: TypeAlias = SumMeasurement | RankMeasurement | SurveyMeasurement
 
 
 def begin(measure: Measure) -> Measurement:

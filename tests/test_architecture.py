@@ -27,7 +27,9 @@ FLOORS = """
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
     picture sweeping sliding
+    comparison_figures
     learning comparison bench
+    comparison_page
     cli
     __main__
 """
@@ -137,6 +139,7 @@ def test_public_names_are_pinned_and_load():
 
 PUBLIC = [
     "Candidate",
+    "Comparison",
     "Execution",
     "GreedyResult",
     "Ingredient",
@@ -146,6 +149,7 @@ PUBLIC = [
     "SoupResult",
     "StreamsoupError",
     "__version__",
+    "compare",
     "from_mergekit",
     "greedy",
     "plan_soup",

@@ -14,7 +14,7 @@ from streamsoup.backends.values import NumpyValues
 from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
 from streamsoup.maps import address_of
-from streamsoup.measurement import Part
+from streamsoup.measurement import Part, SurveyPart
 from streamsoup.methods.protocol import Elementwise
 from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, Tiling
 
@@ -138,6 +138,17 @@ class _Pieces:
         measuring.decode_rows(self._addresses, blend.codes, begin, count, rows)
         return NumpyValues(rows, portion.tensor, portion.start + begin)
 
+    def survey(
+        self, portion: Portion, blend: Blend, begin: int, count: int, part: SurveyPart
+    ) -> npt.NDArray[np.float64]:
+        """See `Pieces`."""
+        first = (portion.start + begin) // BLOCK_ELEMENTS
+        found: npt.NDArray[np.float64] = measuring.survey(
+            self._addresses, blend.codes, begin, count, first,
+            based=part.based, digests=part.digests, nonfinite=part.nonfinite,
+        )  # fmt: skip
+        return found
+
     def nonfinite(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
         """See `Pieces`."""
         finite = np.isfinite(rows)
@@ -241,10 +252,12 @@ class CpuBackend:
 
     name = "cpu"
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
         """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
         if measured:
             measuring.prepare()
+        if surveyed:
+            measuring.prepare_survey()
         code = codes.F8_E4M3 if fp8 else codes.BF16
         one = np.zeros(8, np.uint8)
         for is_wide in {False, wide}:

@@ -16,9 +16,9 @@ from streamsoup.backends.protocol import Blend, Combined, Portion, Token
 from streamsoup.backends.values import TorchValues
 from streamsoup.errors import RecipeError
 from streamsoup.kernels import codes
-from streamsoup.measurement import Part
+from streamsoup.measurement import Part, SurveyPart
 from streamsoup.methods.protocol import Elementwise
-from streamsoup.tiling import BLOCK_ELEMENTS, Tiling
+from streamsoup.tiling import BLOCK_ELEMENTS, Tiling, piece_elements
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +195,25 @@ class _Pieces:
         )
         return TorchValues(rows, portion.tensor, portion.start + begin)
 
+    def survey(
+        self, portion: Portion, blend: Blend, begin: int, count: int, part: SurveyPart
+    ) -> npt.NDArray[np.float64]:
+        """See `Pieces`."""
+        from streamsoup.kernels import torch_combine, torch_measuring
+
+        first = (portion.start + begin) // BLOCK_ELEMENTS
+        for k, (raw, size) in enumerate(zip(self._sources, blend.itemsizes, strict=True)):
+            digest = torch_combine.digest(raw[begin * size : (begin + count) * size], size, first)
+            part.digests[k] += np.uint64(int(digest) % 2**64)
+        found = []
+        step = piece_elements(len(blend.codes))
+        for at in range(begin, begin + count, step):
+            rows = self.values(portion, blend, at, min(step, begin + count - at)).rows
+            if (bad := self.nonfinite(rows)) is not None:
+                part.nonfinite += bad
+            found.append(torch_measuring.survey(rows, based=part.based).cpu().numpy())
+        return np.concatenate(found)
+
     def nonfinite(self, rows: torch.Tensor) -> npt.NDArray[np.int64] | None:
         """See `Pieces`."""
         bad = ~rows.isfinite()
@@ -247,7 +266,7 @@ class TorchBackend:
             raise RecipeError(f"device {device!r} cannot be used here ({reason}). Use --device cpu.") from error
         self.name = str(self._device)
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
         """See `Backend`."""
         from streamsoup.kernels import torch_combine  # noqa: F401
 

@@ -147,7 +147,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False) -> None:
+    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
         """Import and compile what a run will need, so that its memory and time are not counted in the run."""
         ...
 

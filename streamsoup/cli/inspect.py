@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.cli import compare
 from streamsoup.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ examples:
   streamsoup inspect runs/a                what is in it
   streamsoup inspect runs/a --tensors      ... tensor by tensor
   streamsoup inspect runs/*                do they fit together, and if not, where
+  streamsoup inspect --compare runs/* --base start --html report.html
+                                           how far apart are they, and where do they disagree
 """
 
 
@@ -26,7 +29,7 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="show what is in checkpoints, and whether they fit together",
         description="Show what is in checkpoints, from their headers alone; with several, whether they fit together "
-        "(exit code 1 if not).",
+        "(exit code 1 if not). With --compare, what their numbers are like.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,11 +37,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    parser.set_defaults(run=run)
+    compare.add_options(parser)
+    parser.set_defaults(run=run, guarded=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand."""
+    if args.compare:
+        return compare.run(args)
+    compare.refuse_options(args)
     from streamsoup.align import find_mismatches
     from streamsoup.checkpoints import expand_paths, natural_order, open_checkpoints
 

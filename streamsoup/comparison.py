@@ -1,0 +1,485 @@
+"""What the ingredients are like: how large, how far apart, and where they disagree. One pass over their bytes.
+
+Nearly all follows from the inner products of the first checkpoint (the base, if there is one) and of the differences of
+the others from it, measured for each tensor in float64. They are folded into layers as they come: what is kept of a
+tensor is a few numbers for each ingredient.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.backends import open_backend
+from streamsoup.budget import default_budget_bytes, worker_count
+from streamsoup.checkpoints import Checkpoint, TensorTable, expand_paths, open_checkpoints, verify_unchanged
+from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
+from streamsoup.dtypes import DTYPES
+from streamsoup.engine import Engine
+from streamsoup.errors import RecipeError
+from streamsoup.execution import Execution
+from streamsoup.manifest import content_digests
+from streamsoup.measurement import Surveyed, SurveyMeasurement, TreeSum, held_bytes
+from streamsoup.methods.base import MethodBase
+from streamsoup.methods.protocol import Coefficients, TensorInfo
+from streamsoup.outcome import Outcome, Progress
+from streamsoup.plan import MOST_MEASURED, Plan, make_plan, tensor_bytes
+from streamsoup.read import choose_mode, open_sources
+from streamsoup.sinks import Nowhere
+from streamsoup.units import parse_bytes
+
+_LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFigures:
+    """A few numbers of every float tensor; rows are tensors.
+
+    Attributes
+    ----------
+    names : tuple of str
+    elements, varying, moved, conflicts : int64 array, shape (tensors,)
+        See `Figures`.
+    norms, to_mean, to_base : float64 array, shape (tensors, ingredients)
+        `to_base` is all NaN without a base.
+    cosines : float64 array, shape (tensors,)
+        The mean of the cosines between two ingredients' differences.
+    identical : bool array, shape (tensors,)
+        The same in all ingredients.
+    """
+
+    names: tuple[str, ...]
+    elements: npt.NDArray[np.int64]
+    varying: npt.NDArray[np.int64]
+    moved: npt.NDArray[np.int64]
+    conflicts: npt.NDArray[np.int64]
+    norms: Numbers
+    to_mean: Numbers
+    to_base: Numbers
+    cosines: Numbers
+    identical: npt.NDArray[np.bool_]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data, one mapping a tensor."""
+        names = [name for name in self.__dataclass_fields__ if name != "names"]
+        columns = {name: plain(getattr(self, name)) for name in names}
+        return [
+            {"name": name, **{key: column[t] for key, column in columns.items()}} for t, name in enumerate(self.names)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the ingredients are like.
+
+    Attributes
+    ----------
+    ingredients : tuple of str
+        Their paths.
+    base : str or None
+    parameters : int
+        Float elements of an ingredient.
+    whole : Figures
+    layers : mapping of str to Figures
+        In natural order. What belongs to no numbered layer goes by its module.
+    tensors : TensorFigures
+    differing_buffers : tuple of str
+        Non-float tensors that are not the same in all ingredients.
+    nonfinite : int64 array, shape (ingredients,)
+        NaN and infinite elements.
+    base_nonfinite : int
+    content_digests : tuple of str
+        As in a soup's manifest, one for each ingredient.
+    twin_of : tuple of int or None
+        The first ingredient with the same content, where that is another.
+    is_base : tuple of bool
+        Whether an ingredient has the content of the base.
+    other_lineage : tuple of bool
+        See `streamsoup.comparison_figures.other_lineages`.
+    points : float64 array, shape (ingredients, 2), or with the base, last, (ingredients + 1, 2)
+        See `streamsoup.comparison_figures.classical_map`.
+    points_share : float
+    bytes_read : int
+    seconds, engine_seconds : float
+        From the first header on, imports and compilation included; in which the bytes were gone through.
+    projected_peak_bytes : int
+    read_mode, device : str
+    """
+
+    ingredients: tuple[str, ...]
+    base: str | None
+    parameters: int
+    whole: Figures
+    layers: Mapping[str, Figures]
+    tensors: TensorFigures
+    differing_buffers: tuple[str, ...]
+    nonfinite: npt.NDArray[np.int64]
+    base_nonfinite: int
+    content_digests: tuple[str, ...]
+    twin_of: tuple[int | None, ...]
+    is_base: tuple[bool, ...]
+    other_lineage: tuple[bool, ...]
+    points: Numbers
+    points_share: float
+    bytes_read: int
+    seconds: float
+    engine_seconds: float
+    projected_peak_bytes: int
+    read_mode: str
+    device: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Short names of the ingredients: the last parts of their paths that tell them apart."""
+        return _labels(self.ingredients)
+
+    @property
+    def identical_parameters(self) -> int:
+        """Elements of tensors that are the same in all ingredients."""
+        return int(self.tensors.elements[self.tensors.identical].sum())
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes gone through a second, in 10⁹."""
+        return self.bytes_read / 1e9 / self.engine_seconds if self.engine_seconds else 0.0
+
+    def remarks(self, ingredient: int) -> list[str]:
+        """Say in words what stands out in one ingredient."""
+        found = []
+        twin = self.twin_of[ingredient]
+        if twin is not None:
+            found.append(f"identical to {self.labels[twin]}")
+        if self.is_base[ingredient]:
+            found.append("identical to the base")
+        if self.other_lineage[ingredient]:
+            found.append("looks like another lineage")
+        if self.nonfinite[ingredient]:
+            found.append("has NaN or infinity")
+        return found
+
+    def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Plain data.
+
+        Parameters
+        ----------
+        tensors : bool
+            Every tensor, too.
+        """
+        figures = self.tensors
+        return {
+            "ingredients": [
+                {
+                    "path": path,
+                    "label": self.labels[i],
+                    "content_digest": self.content_digests[i],
+                    "nonfinite_elements": int(self.nonfinite[i]),
+                    "identical_to": None if (twin := self.twin_of[i]) is None else self.ingredients[twin],
+                    "identical_to_base": self.is_base[i],
+                    "other_lineage": self.other_lineage[i],
+                    "remarks": self.remarks(i),
+                }
+                for i, path in enumerate(self.ingredients)
+            ],
+            "base": self.base,
+            "base_nonfinite_elements": self.base_nonfinite,
+            "differences_from": "base" if self.base is not None else "mean",
+            "parameters": self.parameters,
+            "whole": self.whole.to_json(),
+            "layers": [{"name": name, **layer.to_json()} for name, layer in self.layers.items()],
+            "identical_tensors": [n for n, same in zip(figures.names, figures.identical.tolist(), strict=True) if same],
+            "identical_parameters": self.identical_parameters,
+            "differing_buffers": list(self.differing_buffers),
+            "map": {"points": plain(self.points), "share": self.points_share},
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "engine_seconds": self.engine_seconds,
+            "gb_per_s": self.gb_per_s,
+            "read_mode": self.read_mode,
+            "device": self.device,
+            **({"tensors": figures.to_json()} if tensors else {}),
+        }
+
+
+def compare(
+    ingredients: str | Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    budget_bytes: int | str | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    read_mode: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Compare checkpoints, and see what a soup of them would be made of.
+
+    Parameters
+    ----------
+    ingredients : path, pattern, or sequence of paths and patterns
+        Two at least, of the same names and shapes; any sharding, any mix of float dtypes.
+    base : path, optional
+        What they were fine-tuned from. Differences are then taken from it, else from the mean of the ingredients.
+    budget_bytes : int or str, optional
+        What the engine may own; by default a quarter of what is free, at most 2 GiB.
+    device, workers, read_mode, progress
+        See `Execution`; they change no bit of the result.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    StreamsoupError
+        See `streamsoup.errors`.
+
+    Notes
+    -----
+    Memory: at most `budget_bytes`, and the result. Each byte is read once.
+    """
+    began = time.perf_counter()
+    given = [ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients]
+    paths = expand_paths(given)
+    if len(paths) < 2:
+        raise RecipeError(f"There is one ingredient to compare ({', '.join(paths)}); name another.")
+    execution = Execution(
+        budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),
+        device=device,
+        workers=workers,
+        read_mode=read_mode,
+        progress=progress,
+    )
+    backend = open_backend(execution.device)
+    checkpoints = open_checkpoints([*([] if base is None else [str(base)]), *paths])
+    plan, mode = _plan(checkpoints, execution)
+    codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
+    backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
+    gathered = _Gathered(plan, based=base is not None)
+    with open_sources(checkpoints, mode) as sources:
+        engine = Engine(plan, backend, sources, Nowhere(), progress=execution.progress)
+        engine.run(plan.tiles(averaged=False))
+        engine.measure(plan.tiles(averaged=True), dict.fromkeys(plan.averaged, gathered.measurement), keep=False)
+    for checkpoint in checkpoints:
+        verify_unchanged(checkpoint)
+    return gathered.comparison(
+        outcome=engine.outcome,
+        seconds=time.perf_counter() - began,
+        read_mode=mode,
+        device=backend.name,
+    )
+
+
+def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan, str]:
+    mode = choose_mode(checkpoints, execution.read_mode)
+    count, table = len(checkpoints), checkpoints[0].table
+    layers = len(set(map(layer_of, table.names)))
+    kept = 8 * (3 * count + 5) * len(table) + 2 * 8 * count * count * (layers + 1)
+    plan = make_plan(
+        checkpoints,
+        _Survey(count),
+        budget_bytes=execution.budget_bytes or default_budget_bytes(),
+        workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
+        staged=mode == "plain" or execution.device != "cpu",
+        ahead=mode == "ahead",
+        reserved_bytes=kept + MOST_MEASURED * held_bytes(count),
+    )
+    return plan, mode
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey(MethodBase):
+    """Stands in the place of a method in the plan of a run that combines nothing."""
+
+    checkpoints: int
+
+    name: ClassVar[str] = "survey"
+
+    def merge(self, tensor: TensorInfo, known: Any) -> Coefficients:
+        """See `Method`."""
+        return Coefficients((1.0,) * self.checkpoints)
+
+
+class _Sum:
+    """Figures of several tensors in the making; they come in any order, and the result is always the same."""
+
+    def __init__(self, checkpoints: int, *, based: bool) -> None:
+        self._tree = TreeSum()
+        self._empty = np.zeros((checkpoints, checkpoints))
+        self._based = based
+        self.came = 0
+        self._counts = dict.fromkeys(("elements", "left_out", "varying", "moved", "conflicts"), 0)
+
+    def add(self, number: int, gram: Numbers, counts: Mapping[str, int]) -> None:
+        """Take in one with its number."""
+        self._tree.add(number, gram)
+        self.came += 1
+        for name, count in counts.items():
+            self._counts[name] += count
+
+    @property
+    def gram(self) -> Numbers:
+        """The sum."""
+        return self._tree.total() if self.came else self._empty
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Sums of counts."""
+        return self._counts
+
+    def figures(self) -> Figures:
+        """Make the figures."""
+        return Figures.of(self.gram, based=self._based, **self._counts)
+
+
+class _Gathered:
+    """Takes in tensors as they are measured."""
+
+    def __init__(self, plan: Plan, *, based: bool) -> None:
+        self._plan, self._based = plan, based
+        self._first = int(based)
+        count, table = len(plan.checkpoints), plan.table
+        self.measurement = SurveyMeasurement(count, based=based, sizes=table.elements, found=self._found)
+        self._row = {tensor: row for row, tensor in enumerate(plan.averaged)}
+        self._whole = _Sum(count, based=based)
+        self._layers = _Layers(table, plan.averaged)
+        self._open: dict[int, _Sum] = {}
+        self._done: dict[int, Figures] = {}
+        rows, ingredients = len(plan.averaged), count - self._first
+        self._columns = {name: np.zeros(rows, np.int64) for name in ("varying", "moved", "conflicts")}
+        self._tables = {name: np.full((rows, ingredients), np.nan) for name in ("norms", "to_mean", "to_base")}
+        self._cosines = np.full(rows, np.nan)
+        self._digests = np.zeros((count, len(table)), np.uint64)
+        self._nonfinite = np.zeros(count, np.int64)
+        nothing = np.zeros(count, np.int64)
+        for tensor in plan.averaged:
+            if not table.elements[tensor]:
+                empty = np.zeros((count, count))
+                self._found(tensor, Surveyed(empty, 0, 0, 0, nothing.astype(np.uint64), nothing))
+
+    def _found(self, tensor: int, surveyed: Surveyed) -> None:
+        """Take in one tensor."""
+        elements = int(self._plan.table.elements[tensor])
+        spoilt = bool(surveyed.nonfinite.any())
+        counts = {"varying": surveyed.varying, "moved": surveyed.moved, "conflicts": surveyed.conflicts}
+        self._digests[:, tensor] = surveyed.digests
+        self._nonfinite += surveyed.nonfinite
+        self._keep(self._row[tensor], Figures.of(
+            surveyed.gram, based=self._based, elements=elements, left_out=int(spoilt), **counts
+        ), counts)  # fmt: skip
+        layer, number = self._layers.of[tensor]
+        total = self._open.setdefault(layer, _Sum(len(surveyed.digests), based=self._based))
+        if spoilt:
+            total.add(number, np.zeros_like(surveyed.gram), {"left_out": 1})
+        else:
+            total.add(number, surveyed.gram, {"elements": elements, **counts})
+        if total.came == self._layers.sizes[layer]:
+            del self._open[layer]
+            self._done[layer] = total.figures()
+            self._whole.add(layer, total.gram, total.counts)
+
+    def _keep(self, row: int, figures: Figures, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            self._columns[name][row] = count
+        self._tables["norms"][row] = figures.norms
+        self._tables["to_mean"][row] = figures.to_mean
+        if figures.to_base is not None:
+            self._tables["to_base"][row] = figures.to_base
+        cosines = figures.mean_cosines
+        known = ~np.isnan(cosines)
+        self._cosines[row] = cosines[known].mean() if known.any() else np.nan
+
+    def comparison(self, *, outcome: Outcome, seconds: float, read_mode: str, device: str) -> Comparison:
+        """Draw the conclusions; `outcome` has the digests of tensors that are not floats."""
+        plan, first = self._plan, self._first
+        everything = outcome.digests + self._digests
+        contents = content_digests(plan, everything)
+        own = contents[first:]
+        twin_of = tuple(None if (twin := own.index(digest)) == i else twin for i, digest in enumerate(own))
+        same = (everything[first:] == everything[first]).all(axis=0)
+        buffers = [t for t in range(len(plan.table)) if not plan.is_averaged(t)]
+        whole = self._whole.figures()
+        odd = other_lineages(whole.distances, twin_of)
+        points, share = classical_map(whole, odd)
+        paths = tuple(c.path for c in plan.checkpoints)
+        return Comparison(
+            ingredients=paths[first:],
+            base=paths[0] if first else None,
+            parameters=plan.parameters,
+            whole=whole,
+            layers={name: self._done[number] for number, name in enumerate(self._layers.names)},
+            tensors=self._tensor_figures(same),
+            differing_buffers=tuple(plan.table.names[t] for t in buffers if not same[t]),
+            nonfinite=self._nonfinite[first:],
+            base_nonfinite=int(self._nonfinite[0]) if first else 0,
+            content_digests=tuple(own),
+            twin_of=twin_of,
+            is_base=tuple(bool(first) and digest == contents[0] for digest in own),
+            other_lineage=odd,
+            points=points,
+            points_share=share,
+            bytes_read=outcome.bytes_read,
+            seconds=seconds,
+            engine_seconds=outcome.seconds,
+            projected_peak_bytes=plan.projected_peak_bytes,
+            read_mode=read_mode,
+            device=device,
+        )
+
+    def _tensor_figures(self, same_bytes: npt.NDArray[np.bool_]) -> TensorFigures:
+        plan, first = self._plan, self._first
+        averaged = np.array(plan.averaged, np.int64)
+        # Of unlike dtypes the bytes say nothing, and of NaN the numbers.
+        dtypes = plan.in_dtypes[averaged, first:]
+        alike = (dtypes == dtypes[:, :1]).all(axis=1)
+        unvaried = (self._columns["varying"] == 0) & np.isfinite(self._tables["norms"]).all(axis=1)
+        return TensorFigures(
+            names=tuple(plan.table.names[t] for t in plan.averaged),
+            elements=plan.table.elements[averaged].astype(np.int64),
+            varying=self._columns["varying"],
+            moved=self._columns["moved"],
+            conflicts=self._columns["conflicts"],
+            norms=self._tables["norms"],
+            to_mean=self._tables["to_mean"],
+            to_base=self._tables["to_base"],
+            cosines=self._cosines,
+            identical=np.where(alike, same_bytes[averaged], unvaried),
+        )
+
+
+class _Layers:
+    """Which layer each tensor belongs to, and as which of it: known before anything is measured."""
+
+    def __init__(self, table: TensorTable, tensors: Sequence[int]) -> None:
+        from natsort import natsorted
+
+        layer = {tensor: layer_of(table.names[tensor]) for tensor in tensors}
+        self.names: list[str] = natsorted(set(layer.values()))
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.sizes = [0] * len(self.names)
+        self.of: dict[int, tuple[int, int]] = {}
+        for tensor, name in layer.items():
+            number = numbers[name]
+            self.of[tensor] = number, self.sizes[number]
+            self.sizes[number] += 1
+
+
+def layer_of(name: str) -> str:
+    """Name the layer of a tensor: all up to its first number; or its module, where there is none."""
+    match = _LAYER.search(name)
+    return name[: match.end()] if match else name.rpartition(".")[0] or name
+
+
+def _labels(paths: Sequence[str]) -> tuple[str, ...]:
+    parts = [[p for p in os.path.normpath(path).split(os.sep) if p] for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        found = [os.sep.join(p[-length:]) for p in parts]
+        if len(set(found)) == len(found):
+            return tuple(found)
+    return tuple(paths)
