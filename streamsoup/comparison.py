@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends import open_backend
-from streamsoup.budget import default_budget_bytes, worker_count
+from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
 from streamsoup.checkpoints import Checkpoint, TensorTable, expand_paths, open_checkpoints, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
 from streamsoup.dtypes import DTYPES
@@ -110,7 +110,8 @@ class Comparison:
     bytes_read : int
     seconds, engine_seconds : float
         From the first header on, imports and compilation included; in which the bytes were gone through.
-    projected_peak_bytes : int
+    projected_peak_bytes, measured_peak_bytes : int
+        What the engine owned, above the level after imports and compilation.
     read_mode, device : str
     """
 
@@ -133,6 +134,7 @@ class Comparison:
     seconds: float
     engine_seconds: float
     projected_peak_bytes: int
+    measured_peak_bytes: int
     read_mode: str
     device: str
 
@@ -261,16 +263,18 @@ def compare(
     plan, mode = _plan(checkpoints, execution)
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
     backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
-    gathered = _Gathered(plan, based=base is not None)
-    with open_sources(checkpoints, mode) as sources:
+    with PeakSampler() as sampler, open_sources(checkpoints, mode) as sources:
+        gathered = _Gathered(plan, based=base is not None)
         engine = Engine(plan, backend, sources, Nowhere(), progress=execution.progress)
         engine.run(plan.tiles(averaged=False))
         engine.measure(plan.tiles(averaged=True), dict.fromkeys(plan.averaged, gathered.measurement), keep=False)
+        sampler.sample()
     for checkpoint in checkpoints:
         verify_unchanged(checkpoint)
     return gathered.comparison(
         outcome=engine.outcome,
         seconds=time.perf_counter() - began,
+        peak_bytes=sampler.peak_bytes,
         read_mode=mode,
         device=backend.name,
     )
@@ -395,7 +399,9 @@ class _Gathered:
         known = ~np.isnan(cosines)
         self._cosines[row] = cosines[known].mean() if known.any() else np.nan
 
-    def comparison(self, *, outcome: Outcome, seconds: float, read_mode: str, device: str) -> Comparison:
+    def comparison(
+        self, *, outcome: Outcome, seconds: float, peak_bytes: int, read_mode: str, device: str
+    ) -> Comparison:
         """Draw the conclusions; `outcome` has the digests of tensors that are not floats."""
         plan, first = self._plan, self._first
         everything = outcome.digests + self._digests
@@ -428,6 +434,7 @@ class _Gathered:
             seconds=seconds,
             engine_seconds=outcome.seconds,
             projected_peak_bytes=plan.projected_peak_bytes,
+            measured_peak_bytes=peak_bytes,
             read_mode=read_mode,
             device=device,
         )

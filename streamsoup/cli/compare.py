@@ -144,8 +144,7 @@ def _totals(found: Comparison) -> list[str]:
         ("identical tensors", f"{int(identical.sum()):,} of {len(identical):,} ({share:.2%} of the parameters)"),
         (
             "spread",
-            f"standard deviation between ingredients {number(math.sqrt(whole.variance))}, "
-            f"{whole.relative_spread:.3%} of the weights",
+            f"{number(math.sqrt(whole.variance))} between ingredients, {whole.relative_spread:.3%} of the weights",
         ),
     ]
     if whole.conflict_share is not None:
