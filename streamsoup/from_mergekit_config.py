@@ -259,7 +259,7 @@ def _ours(name: str, flags: Mapping[str, bool], settings: Settings) -> Settings:
 
 
 def _of_slices(name: str, slices: object, base: str | None, shared: Settings) -> Recipe:
-    if not isinstance(slices, list) or not all(isinstance(one, Mapping) for one in slices):
+    if not isinstance(slices, list | tuple) or not all(isinstance(one, Mapping) for one in slices):
         raise RecipeError("slices: a list of mappings with 'sources'.")
     found = []
     for i, one in enumerate(slices):
@@ -316,13 +316,13 @@ def _of_layers(found: Sequence[Any], base: str | None, shared: Settings) -> Reci
 
 def _layer_range(row: Mapping[str, Any], where: str) -> tuple[int, int]:
     found = row.get("layer_range")
-    if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int for n in found):
+    if not isinstance(found, list | tuple) or len(found) != 2 or not all(type(n) is int for n in found):
         raise RecipeError(f"{where}: layer_range is a list of two whole numbers, not {found!r}.")
     return found[0], found[1]
 
 
 def _entries(rows: object, where: str) -> list[_Entry]:
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) and "model" in row for row in rows):
+    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(r, Mapping) and "model" in r for r in rows):
         raise RecipeError(f"{where}: a list of mappings with 'model'.")
     found = []
     for i, row in enumerate(rows):

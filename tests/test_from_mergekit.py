@@ -10,7 +10,7 @@ from factory import read_checkpoint, realistic, write_checkpoint
 
 import streamsoup
 from streamsoup.cook import cook
-from streamsoup.errors import CheckpointError, MismatchError, RecipeError
+from streamsoup.errors import ChangedIngredientError, CheckpointError, MismatchError, RecipeError
 from streamsoup.from_mergekit_config import _METHODS
 from streamsoup.recipe import Ingredient
 
@@ -363,6 +363,49 @@ def test_layers_come_from_any_shard_in_any_order(runs, read_mode):
         found[name] = read_checkpoint(runs / f"soup-{name}")
     assert found["a"].keys() == found["sharded"].keys()
     assert all(np.array_equal(array, found["sharded"][name]) for name, array in found["a"].items())
+
+
+@pytest.fixture
+def interrupted(runs, monkeypatch):
+    """A frankenmerge whose weights are written, and nothing else."""
+
+    def stop(*_, **__):
+        raise RuntimeError("stopped")
+
+    found = streamsoup.from_mergekit(frankenmerge(piece("a", 0, 3, scale=0.5), piece("b", 1, 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr("streamsoup.making.write_side_files", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            cook(found, runs / "soup", streamsoup.Execution())
+    return found
+
+
+def test_an_interrupted_frankenmerge_goes_on_to_the_same_bits(runs, interrupted):
+    streamsoup.resume(runs / "soup")
+    cook(interrupted, runs / "other", streamsoup.Execution())
+    assert (runs / "soup/model.safetensors").read_bytes() == (runs / "other/model.safetensors").read_bytes()
+    assert json.loads((runs / "soup/config.json").read_text())["num_hidden_layers"] == 6
+
+
+def test_a_changed_part_is_noticed(runs, interrupted):
+    write_checkpoint(runs / "b", realistic(77, SHAPES, "F32"))
+    with pytest.raises(ChangedIngredientError, match=r"b/model\.safetensors: its data changed"):
+        streamsoup.resume(runs / "soup")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_configuration_says_how_many_layers_were_picked(runs, nested):
+    said = {"n_layer": LAYERS, "num_attention_heads": LAYERS, "layer_types": list("abcd")}
+    config = {"text_config": said, "num_hidden_layers": 9} if nested else said
+    (runs / "a" / "config.json").write_text(json.dumps(config))
+    cook(
+        streamsoup.from_mergekit(frankenmerge(piece("a", 2, 4), piece("a", 0, 3))),
+        runs / "soup",
+        streamsoup.Execution(),
+    )
+    expected = {"n_layer": 5, "num_attention_heads": LAYERS, "layer_types": list("cdabc")}
+    found = json.loads((runs / "soup" / "config.json").read_text())
+    assert found == ({"text_config": expected, "num_hidden_layers": 9} if nested else expected)
 
 
 def test_one_slice_of_whole_models_is_a_merge_of_models(runs):
