@@ -2,8 +2,8 @@
 
 In a tree by halves, elements meet that lie an eighth of a block apart, so a step takes the same four lanes of each
 eighth and adds the upper three levels in registers, for two rows by two at a time: one load a product. A strip of all
-rows goes through centring and all products while it lies in the L1 cache: from L2 the products took three times as
-long.
+rows (a part of each eighth) goes through centring and all products before the next takes its place in the L1 cache;
+with whole rows, which lie in L2, both took half as long again. Meanwhile the next block comes from memory.
 """
 
 # numba functions cannot be annotated.
@@ -21,14 +21,15 @@ from numba.extending import intrinsic
 from .blocks import GROUP, STRIP, add_sources
 from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE
 from .hashing import block_digest
+from .lanes import load_u64
 from .vectors import F32 as SINGLE
 from .vectors import F64 as DOUBLE
 from .vectors import I32, I64, constant, load, plus, store, vector
 
-__all__ = ["ROOM", "ROW", "SCRATCH_BYTES", "build_survey", "rooms"]
+__all__ = ["ROOM", "SCRATCH_BYTES", "build_survey", "rooms", "row_elements"]
 
-ROW = BLOCK + 32
-"""Elements from one row to the next: the strips of eight rows fill a cache of eight ways evenly."""
+_WHOLE_ROW = BLOCK + 32
+"""Elements from one whole row to the next: rows that lie a power of two apart share a few sets of the L1 cache."""
 
 SCRATCH_BYTES = 4 * GROUP * STRIP + 8 * GROUP
 _EIGHTH = BLOCK // 8
@@ -45,35 +46,44 @@ _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _TREE = ((0, 4), (2, 6), (1, 5), (3, 7))
 
 
-@intrinsic
-def _products(typingctx, left, right, other_left, other_right, room, first, steps):
-    """Write the sums over eighths of left·right, left·other_right, other_left·right, other_left·other_right."""
+def _multiplier(distance: int) -> Any:
+    """`distance`: bytes from one eighth to the next."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, other_left, other_right, room, first, steps = arguments
-        with cgutils.for_range(builder, steps) as step:
-            number = builder.add(first, step.index)
-            at = builder.mul(number, ir.Constant(I64, 32))
-            homes = [builder.add(one, at) for one in (left, other_left, right, other_right)]
-            halves: list[list[Any]] = [[], [], [], []]
-            for pair in _TREE:
-                quarters: list[list[Any]] = [[], [], [], []]
-                for eighth in pair:
-                    a, b, c, d = (load(builder, plus(builder, h, 8 * _EIGHTH * eighth), _FOUR) for h in homes)
-                    for place, (x, y) in enumerate(((a, c), (a, d), (b, c), (b, d))):
-                        quarters[place].append(builder.fmul(x, y))
-                for place, (one, other) in enumerate(quarters):
-                    halves[place].append(builder.fadd(one, other))
-                    if len(halves[place]) == 2 and pair == _TREE[1]:
-                        halves[place] = [builder.fadd(*halves[place])]
-            there = builder.add(room, builder.mul(number, ir.Constant(I64, 128)))
-            for place, (upper, one, other) in enumerate(halves):
-                total = builder.fadd(upper, builder.fadd(one, other))
-                store(builder, total, plus(builder, there, 32 * place))
-        return context.get_dummy_value()
+    @intrinsic
+    def products(typingctx, left, right, other_left, other_right, room, first, steps):
+        """Write the sums over eighths of left·right, left·other_right, other_left·right, other_left·other_right."""
 
-    i, u = types.int64, types.uint64
-    return types.void(u, u, u, u, u, i, i), generate
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            left, right, other_left, other_right, room, first, steps = arguments
+            with cgutils.for_range(builder, steps) as step:
+                number = builder.add(first, step.index)
+                at = builder.mul(step.index, ir.Constant(I64, 32))
+                homes = [builder.add(one, at) for one in (left, other_left, right, other_right)]
+                halves: list[list[Any]] = [[], [], [], []]
+                for pair in _TREE:
+                    quarters: list[list[Any]] = [[], [], [], []]
+                    for eighth in pair:
+                        a, b, c, d = (load(builder, plus(builder, h, distance * eighth), _FOUR) for h in homes)
+                        for place, (x, y) in enumerate(((a, c), (a, d), (b, c), (b, d))):
+                            quarters[place].append(builder.fmul(x, y))
+                    for place, (one, other) in enumerate(quarters):
+                        halves[place].append(builder.fadd(one, other))
+                        if len(halves[place]) == 2 and pair == _TREE[1]:
+                            halves[place] = [builder.fadd(*halves[place])]
+                there = builder.add(room, builder.mul(number, ir.Constant(I64, 128)))
+                for place, (upper, one, other) in enumerate(halves):
+                    total = builder.fadd(upper, builder.fadd(one, other))
+                    store(builder, total, plus(builder, there, 32 * place))
+            return context.get_dummy_value()
+
+        i, u = types.int64, types.uint64
+        return types.void(u, u, u, u, u, i, i), generate
+
+    return products
+
+
+_products_of_strips = _multiplier(32 * _STRIP_STEPS)
+_products_of_rows = _multiplier(8 * _EIGHTH)
 
 
 def _bf16(builder: Any, address: Any) -> Any:
@@ -96,36 +106,36 @@ def _f64(builder: Any, address: Any) -> Any:
 
 def _centrer(itemsize: int, read: Any) -> Any:
     @intrinsic
-    def centre(typingctx, pointers, offset, rows, count, based, groups):
-        """Write groups of 16 elements of the first source, and of the differences of the others from it.
+    def centre(typingctx, pointers, offset, rows, row_bytes, count, based, steps):
+        """Write some steps of the eighths of the first source, and of the differences of the others from it.
 
-        `pointers` is the address of a table of `count` sources, `offset` in bytes; they may be the rows. Returns how
-        many elements vary, moved, and conflict.
+        `pointers` is the address of a table of `count` sources, `offset` in bytes. The eighths are written one after
+        the other. Returns how many elements vary, moved, and conflict.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointers, offset, rows, count, based, groups = arguments
+            pointers, offset, rows, row_bytes, count, based, steps = arguments
             counts = [cgutils.alloca_once_value(builder, constant(I64, 4, 0)) for _ in range(3)]
             has_base = builder.icmp_signed("!=", based, ir.Constant(I64, 0))
             zero, eight = constant(DOUBLE, 4, 0.0), ir.Constant(I64, 8)
             limits = (float("inf"), "<"), (float("-inf"), ">")
             starts = [builder.select(has_base, constant(DOUBLE, 4, limit), zero) for limit, _ in limits]
-            with cgutils.for_range(builder, groups) as step:
-                inside = builder.add(offset, builder.mul(step.index, ir.Constant(I64, 16 * itemsize)))
-                home = builder.add(rows, builder.mul(step.index, ir.Constant(I64, 128)))
+            bounds = [[cgutils.alloca_once_value(builder, start) for _ in range(4)] for start in starts]
+            others = builder.sub(count, ir.Constant(I64, 1))
+
+            def sixteen(inside: Any, home: Any) -> None:
                 first = builder.add(load(builder, pointers, I64), inside)
                 centres = [read(builder, plus(builder, first, 4 * itemsize * n)) for n in range(4)]
                 for n, one in enumerate(centres):
                     store(builder, one, plus(builder, home, 32 * n))
-                bounds = [[cgutils.alloca_once_value(builder, start) for _ in range(4)] for start in starts]
                 for of_four, start in zip(bounds, starts, strict=True):
                     for bound in of_four:
                         builder.store(start, bound)
-                with cgutils.for_range(builder, builder.sub(count, ir.Constant(I64, 1))) as row:
+                with cgutils.for_range(builder, others) as row:
                     number = builder.add(row.index, ir.Constant(I64, 1))
                     entry = builder.add(pointers, builder.mul(number, eight))
                     source = builder.add(load(builder, entry, I64), inside)
-                    there = builder.add(home, builder.mul(number, ir.Constant(I64, 8 * ROW)))
+                    there = builder.add(home, builder.mul(number, row_bytes))
                     for n in range(4):
                         value = builder.fsub(read(builder, plus(builder, source, 4 * itemsize * n)), centres[n])
                         store(builder, value, plus(builder, there, 32 * n))
@@ -139,6 +149,14 @@ def _centrer(itemsize: int, read: Any) -> Any:
                     flags = builder.fcmp_ordered("<", low, high), builder.or_(below, above), builder.and_(below, above)
                     for one, flag in zip(counts, flags, strict=True):
                         builder.store(builder.add(builder.load(one), builder.zext(flag, vector(I64, 4))), one)
+
+            groups = builder.udiv(steps, ir.Constant(I64, 4))
+            with cgutils.for_range(builder, eight) as eighth:
+                begin = builder.add(offset, builder.mul(eighth.index, ir.Constant(I64, _EIGHTH * itemsize)))
+                with cgutils.for_range(builder, groups) as group:
+                    number = builder.add(builder.mul(eighth.index, groups), group.index)
+                    home = builder.add(rows, builder.mul(number, ir.Constant(I64, 128)))
+                    sixteen(builder.add(begin, builder.mul(group.index, ir.Constant(I64, 16 * itemsize))), home)
             totals = []
             for one in counts:
                 lanes, total = builder.load(one), ir.Constant(I64, 0)
@@ -148,7 +166,7 @@ def _centrer(itemsize: int, read: Any) -> Any:
             return context.make_tuple(builder, signature.return_type, totals)
 
         i, u = types.int64, types.uint64
-        return types.UniTuple(i, 3)(u, i, u, i, i, i), generate
+        return types.UniTuple(i, 3)(u, i, u, i, i, i, i), generate
 
     return centre
 
@@ -158,14 +176,29 @@ _centre_f32, _centre_f64 = _centrer(4, _f32), _centrer(8, _f64)
 
 
 @numba.njit(nogil=True, inline="always")
-def _centre(code, pointers, offset, rows, count, based, groups):
+def _centre(code, pointers, offset, rows, row_bytes, count, based, steps):
     if code == BF16:
-        return _centre_bf16(pointers, offset, rows, count, based, groups)
+        return _centre_bf16(pointers, offset, rows, row_bytes, count, based, steps)
     if code == F16:
-        return _centre_f16(pointers, offset, rows, count, based, groups)
+        return _centre_f16(pointers, offset, rows, row_bytes, count, based, steps)
     if code == F32:
-        return _centre_f32(pointers, offset, rows, count, based, groups)
-    return _centre_f64(pointers, offset, rows, count, based, groups)
+        return _centre_f32(pointers, offset, rows, row_bytes, count, based, steps)
+    return _centre_f64(pointers, offset, rows, row_bytes, count, based, steps)
+
+
+@intrinsic
+def _prefetch(typingctx, address):
+    """Ask for a cache line, which need not exist."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        numbers = [ir.Constant(I32, number) for number in (0, 2, 1)]
+        builder.call(function, [builder.inttoptr(arguments[0], byte), *numbers])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @intrinsic
@@ -214,27 +247,38 @@ def _settle(room, a, b, count, out):
 
 
 @numba.njit(nogil=True, inline="always")
-def _measure(code, pointers, offset, rows, count, based, room, out):
+def _multiply(rows, row_bytes, count, first, steps, room, out):
+    """Write the partial sums of all products; of many rows, the products."""
+    tile = 0
+    for a in range(0, count, 2):
+        left, other_left = rows + row_bytes * np.uint64(a), rows + row_bytes * np.uint64(min(a + 1, count - 1))
+        for b in range(0, a + 1, 2):
+            right, other_right = rows + row_bytes * np.uint64(b), rows + row_bytes * np.uint64(min(b + 1, count - 1))
+            partial = np.uint64(room[tile].ctypes.data)
+            if steps == _STRIP_STEPS:
+                _products_of_strips(left, right, other_left, other_right, partial, first, steps)
+                tile += 1
+            else:
+                _products_of_rows(left, right, other_left, other_right, partial, first, steps)
+                _settle(room[0], a, b, count, out)
+
+
+@numba.njit(nogil=True, inline="always")
+def _measure(code, pointers, offset, rows, count, based, room, out, ahead):
     """Centre a block of all sources; write the triangle of their inner products, and three counts."""
-    start, step, size = np.uint64(rows.ctypes.data), np.uint64(8 * ROW), _SIZES[code]
+    start, row_bytes, size = np.uint64(rows.ctypes.data), 8 * rows.shape[1], _SIZES[code]
     small = count <= _MOST_ROWS
     steps = _STRIP_STEPS if small else _STEPS
     varying = moved = conflicts = 0
     for first in range(0, _STEPS, steps):
-        for eighth in range(8):
-            at = _EIGHTH * eighth + 4 * first
-            found = _centre(code, pointers, offset + at * size, start + np.uint64(8 * at), count, based, steps // 4)
-            varying, moved, conflicts = varying + found[0], moved + found[1], conflicts + found[2]
-        tile = 0
-        for a in range(0, count, 2):
-            left, other_left = start + step * np.uint64(a), start + step * np.uint64(min(a + 1, count - 1))
-            for b in range(0, a + 1, 2):
-                right, other_right = start + step * np.uint64(b), start + step * np.uint64(min(b + 1, count - 1))
-                _products(left, right, other_left, other_right, np.uint64(room[tile].ctypes.data), first, steps)
-                if small:
-                    tile += 1
-                else:
-                    _settle(room[0], a, b, count, out)
+        if ahead:
+            for k in range(count):
+                there = load_u64(pointers + np.uint64(8 * k)) + np.uint64(offset + (BLOCK + 32 * first) * size)
+                for line in range(steps * size // 2):
+                    _prefetch(there + np.uint64(64 * line))
+        found = _centre(code, pointers, offset + 4 * first * size, start, row_bytes, count, based, steps)
+        varying, moved, conflicts = varying + found[0], moved + found[1], conflicts + found[2]
+        _multiply(start, np.uint64(row_bytes), count, first, steps, room, out)
     if small:
         tile = 0
         for a in range(0, count, 2):
@@ -243,6 +287,11 @@ def _measure(code, pointers, offset, rows, count, based, room, out):
                 tile += 1
     end = count * (count + 1) // 2
     out[end], out[end + 1], out[end + 2] = varying, moved, conflicts
+
+
+def row_elements(count: int) -> int:
+    """Return how many elements apart rows are."""
+    return 32 * _STRIP_STEPS if count <= _MOST_ROWS else _WHOLE_ROW
 
 
 def rooms(count: int) -> int:
@@ -254,7 +303,7 @@ def rooms(count: int) -> int:
 _F64_1, _F64_2 = numba.types.Array(numba.f8, 1, "C"), numba.types.Array(numba.f8, 2, "C")
 _U8, _U64, _I64 = (numba.types.Array(t, 1, "C") for t in (numba.u1, numba.u8, numba.i8))
 _SURVEY = numba.void(
-    _U64, _U8, numba.i8, numba.i8, numba.i8, numba.i8, _F64_2, _U64, _I64, _F64_1, _F64_2, _F64_2, _U64, _U8
+    _U64, _U8, numba.i8, numba.i8, numba.i8, numba.i8, _F64_2, _U64, _I64, _F64_1, _F64_2, _F64_2, _F64_2, _U64, _U8
 )  # fmt: skip
 
 
@@ -263,14 +312,15 @@ def build_survey(stamp: int) -> Any:
 
     @numba.njit(_SURVEY, nogil=True, cache=True)
     def loop(
-        sources, codes, begin, elements, first_block, based, out, digests, nonfinite, one, rows, room, places, scratch
-    ):
+        sources, codes, begin, elements, first_block, based, out, digests, nonfinite,
+        one, decoded, rows, room, places, scratch,
+    ):  # fmt: skip
         count, code = len(sources), np.int64(codes[0])
         stage = np.uint64(scratch.ctypes.data) + np.uint64(stamp & 0)
         plain = code in (BF16, F16, F32, F64)
         for k in range(count):
             plain &= np.int64(codes[k]) == code
-            places[k] = np.uint64(rows[k].ctypes.data)
+            places[k] = np.uint64(decoded[k].ctypes.data)
         for number in range(out.shape[0]):
             at = begin + number * BLOCK
             length = min(BLOCK, elements - number * BLOCK)
@@ -279,21 +329,21 @@ def build_survey(stamp: int) -> Any:
                 digests[k] += block_digest(sources[k] + np.uint64(at * size), length * size, first_block + number)
             found = out[number]
             if plain and length == BLOCK:
-                pointers = np.uint64(sources.ctypes.data)
-                _measure(code, pointers, at * _SIZES[code], rows, count, based, room, found)
+                pointers, ahead = np.uint64(sources.ctypes.data), number + 1 < out.shape[0]
+                _measure(code, pointers, at * _SIZES[code], rows, count, based, room, found, ahead)
             else:
                 for k in range(count):
-                    _decode(sources[k : k + 1], codes[k : k + 1], one, at, length, rows[k], stage)
-                _measure(F64, np.uint64(places.ctypes.data), 0, rows, count, based, room, found)
+                    _decode(sources[k : k + 1], codes[k : k + 1], one, at, length, decoded[k], stage)
+                _measure(F64, np.uint64(places.ctypes.data), 0, rows, count, based, room, found, False)
             finite = True
             for k in range(count):
                 value = found[k * (k + 1) // 2 + k]
                 finite &= value - value == 0.0
             if not finite:
                 for k in range(count):
-                    _decode(sources[k : k + 1], codes[k : k + 1], one, at, length, rows[0], stage)
+                    _decode(sources[k : k + 1], codes[k : k + 1], one, at, length, decoded[0], stage)
                     for j in range(length):
-                        value = rows[0, j]
+                        value = decoded[0, j]
                         if value - value != 0.0:
                             nonfinite[k] += 1
 
