@@ -1,4 +1,4 @@
-"""Decoded rows of a tile, and what is measured of them: inner products, histograms; and random numbers beside them.
+"""Decoded rows of a tile, and what is measured of them: inner products, surveys.
 
 Sums have one fixed shape: the numbers of a block are added by halves (element j and element j + 1024, then 512 ...), so
 that the bits are those of any other code that adds by halves, on any device.
@@ -14,12 +14,9 @@ __all__ = [
     "ROUNDS",
     "decode_rows",
     "gram",
-    "halves",
-    "histograms",
     "prepare",
     "prepare_survey",
     "survey",
-    "uniform",
 ]
 
 BINS = 2048
@@ -54,18 +51,6 @@ def decode_rows(
     native.built("decode")(sources, codes, begin, count, out, np.ones(1), np.empty(SCRATCH_BYTES, np.uint8))
 
 
-def halves(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Add the elements of each block by halves; shape (..., n) becomes (..., blocks)."""
-    length = rows.shape[-1]
-    blocks = -(-length // BLOCK)
-    if length % BLOCK:
-        rows = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, blocks * BLOCK - length)])
-    rows = rows.reshape(*rows.shape[:-1], blocks, BLOCK)
-    while (half := rows.shape[-1] // 2) > 0:
-        rows = rows[..., :half] + rows[..., half:]
-    return rows[..., 0]
-
-
 def gram(rows: NDArray[np.float64], centre: int | None) -> NDArray[np.float64]:
     """Return the inner products of rows, or of their differences from row `centre`, for each block of 2,048 elements.
 
@@ -87,47 +72,6 @@ def gram(rows: NDArray[np.float64], centre: int | None) -> NDArray[np.float64]:
     count, n = rows.shape
     out = np.empty((-(-n // BLOCK), count, count))
     native.built("gram")(rows, -1 if centre is None else centre, out, np.empty(BLOCK // 2), np.empty((count, BLOCK)))
-    return out
-
-
-def histograms(keys: NDArray[np.float32], number: int, prefixes: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Count keys by some of their bits, among those that begin with a prefix.
-
-    Parameters
-    ----------
-    keys : ndarray, shape (M, n), float32
-        Not negative.
-    number : int
-        Which of ROUNDS.
-    prefixes : ndarray, shape (M, K), uint32
-        The bits above those that are looked at; not used in the first round.
-
-    Returns
-    -------
-    ndarray, shape (M, K, BINS), int64
-
-    Notes
-    -----
-    Releases the GIL. Source: own, a radix search.
-    """
-    from . import native
-
-    out = np.zeros((*prefixes.shape, BINS), np.int64)
-    native.built("histograms")(np.ascontiguousarray(keys).view(np.uint32), *ROUNDS[number], prefixes, out)
-    return out
-
-
-def uniform(keys: NDArray[np.uint64], start: int, count: int) -> NDArray[np.float64]:
-    """Return random numbers in [0, 1): number `start + j` of the stream with key `keys[r]`, shape (R, count).
-
-    Notes
-    -----
-    Releases the GIL. Source: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th number needs no other.
-    """
-    from . import native
-
-    out = np.empty((len(keys), count))
-    native.built("uniform")(keys, start, out)
     return out
 
 
@@ -197,7 +141,7 @@ def prepare() -> None:
     """Compile everything here but `survey`, or load it from numba's cache."""
     from . import native
 
-    for name in ("decode", "gram", "histograms", "uniform", "halves", "vector_machine"):
+    for name in ("decode", "gram", "vector_machine"):
         native.built(name)
 
 

@@ -188,8 +188,8 @@ def _from(module: str, name: str) -> Any:
 
 _BUILDERS = {"combine": _build_combine, "wide": _build_wide, "digest": _build_digest, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}
-_BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram", "histograms", "uniform")}
-_BUILDERS |= {name: _from("native_machine", name) for name in ("halves", "vector_machine")}
+_BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram")}
+_BUILDERS["vector_machine"] = _from("native_machine", "vector_machine")
 _BUILT: dict[str, Any] = {}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from .blocks import GROUP, STRIP, add_sources
 from .codes import BLOCK
 
-__all__ = ["SCRATCH_BYTES", "build_decode", "build_gram", "build_histograms", "build_uniform"]
+__all__ = ["SCRATCH_BYTES", "build_decode", "build_gram"]
 
 SCRATCH_BYTES = 4 * GROUP * STRIP + 8 * GROUP
 _HALF = BLOCK // 2
@@ -70,44 +70,5 @@ def build_gram(stamp: int) -> Any:
                         half //= 2
                     out[block, a, b] = room[0]
                     out[block, b, a] = room[0]
-
-    return loop
-
-
-def build_histograms(stamp: int) -> Any:
-    """Compile the loop of `histograms`."""
-
-    @numba.njit(numba.void(_U32_2, numba.i8, numba.i8, _U32_2, _I64_3), nogil=True, cache=True)
-    def loop(keys, upper, low, prefixes, out):
-        mask = np.uint32((1 << (upper - low)) - 1)
-        above, below = np.uint32(upper), np.uint32(low + (stamp & 0))
-        for r in range(keys.shape[0]):
-            row = keys[r]
-            for k in range(prefixes.shape[1]):
-                wanted, counts = prefixes[r, k], out[r, k]
-                if upper == 31:
-                    for j in range(len(row)):
-                        counts[(row[j] >> below) & mask] += 1
-                else:
-                    for j in range(len(row)):
-                        if row[j] >> above == wanted:
-                            counts[(row[j] >> below) & mask] += 1
-
-    return loop
-
-
-def build_uniform(stamp: int) -> Any:
-    """Compile the loop of `uniform`."""
-
-    @numba.njit(numba.void(_U64, numba.i8, _F64_2), nogil=True, cache=True)
-    def loop(keys, start, out):
-        for r in range(len(keys)):
-            key = keys[r] + np.uint64(stamp & 0)
-            for j in range(out.shape[1]):
-                x = key + np.uint64(start + j) * np.uint64(0x9E3779B97F4A7C15)
-                x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                x ^= x >> np.uint64(31)
-                out[r, j] = np.float64(x >> np.uint64(11)) * 2.0**-53
 
     return loop

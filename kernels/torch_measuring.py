@@ -46,7 +46,7 @@ def survey(rows: Tensor, *, based: bool) -> Tensor:
 
 
 def histograms(keys: Tensor, number: int, prefixes: Tensor) -> Tensor:
-    """See `measuring.histograms`; `prefixes` of dtype int64."""
+    """See `vector_machine.to_counts`; `prefixes` of dtype int64."""
     upper, low = ROUNDS[number]
     bits = keys.contiguous().view(torch.int32).long()
     out = torch.zeros((*prefixes.shape, BINS), dtype=torch.int64, device=keys.device)
@@ -58,7 +58,7 @@ def histograms(keys: Tensor, number: int, prefixes: Tensor) -> Tensor:
 
 
 def uniform(keys: list[int], start: int, count: int, device: torch.device) -> Tensor:
-    """See `measuring.uniform`; torch shifts int64 arithmetically, so the copies of the sign are masked away."""
+    """SplitMix64, as the vector machine has it; torch shifts int64 arithmetically, so the copies of the sign are masked away."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
         return (x >> by) & ((1 << (64 - by)) - 1)

@@ -14,17 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.kernels.measuring import BINS, ROUNDS
-from streamsoup.methods.protocol import Array, Gram, Measure, Ranks, Sums, Values
+from streamsoup.methods.protocol import Array, Gram, Measure, Ranks, Sums
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 
 
-class Arithmetic(Protocol):
-    """What a device does with decoded rows; results are arrays of numpy. See `streamsoup.kernels.measuring`."""
+class Looks(Protocol):
+    """What a device can find out about some elements of a tile: whole blocks, or whole rows. Results are numpy's.
 
-    def gram(self, rows: Array, centre: int | None) -> Numbers: ...
-    def halves(self, rows: Array) -> Numbers: ...
-    def histograms(self, rows: Array, number: int, prefixes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]: ...
+    `begin`, `count`: which elements of the tile.
+    """
+
+    def gram(self, begin: int, count: int, centre: int | None) -> Numbers:
+        """See `streamsoup.kernels.measuring.gram`; shape (blocks, checkpoints, checkpoints)."""
+        ...
+
+    def sums(self, begin: int, count: int, function: Callable[[Any], Array]) -> Numbers:
+        """Return the sums over blocks of what a function of `Values` returns, shape (rows, blocks)."""
+        ...
+
+    def counts(
+        self, begin: int, count: int, function: Callable[[Any], Array], number: int, prefixes: npt.NDArray[np.uint32]
+    ) -> npt.NDArray[np.int64]:
+        """Return the histograms of what a function of `Values` returns, shape (rows, ranks, bins)."""
+        ...
 
 
 class TreeSum:
@@ -78,16 +91,16 @@ class SumPart:
     def __init__(self, measure: Gram | Sums) -> None:
         self.tree = TreeSum()
         self.by_row = isinstance(measure, Sums) and measure.by_row
+        self.is_gram = isinstance(measure, Gram)
         self._measure = measure
 
-    def look(self, values: Values, arithmetic: Arithmetic, first_block: int) -> None:
+    def look(self, looks: Looks, begin: int, count: int, first_block: int) -> None:
         """Take in whole blocks."""
         if isinstance(self._measure, Gram):
-            blocks = arithmetic.gram(values.rows, self._measure.centre)
+            self.tree.add_run(first_block, looks.gram(begin, count, self._measure.centre))
         else:
-            blocks = np.moveaxis(arithmetic.halves(self._measure.of(values)), -1, 0)
-        for number, block in enumerate(blocks, first_block):
-            self.tree.add(number, block)
+            found = looks.sums(begin, count, self._measure.of)
+            self.tree.add_run(first_block, np.ascontiguousarray(found.T))
 
 
 class SumMeasurement:
@@ -121,13 +134,13 @@ class RankPart:
 
     def __init__(self, measure: Ranks, number: int, prefixes: npt.NDArray[np.uint32]) -> None:
         self.counts: npt.NDArray[np.int64] | int = 0
-        self.by_row = False
+        self.by_row = self.is_gram = False
         self._measure = measure
         self._round = number, prefixes
 
-    def look(self, values: Values, arithmetic: Arithmetic, first_block: int) -> None:
+    def look(self, looks: Looks, begin: int, count: int, first_block: int) -> None:
         """Take in whole blocks."""
-        self.counts = self.counts + arithmetic.histograms(self._measure.of(values), *self._round)
+        self.counts = self.counts + looks.counts(begin, count, self._measure.of, *self._round)
 
 
 class RankMeasurement:

@@ -24,9 +24,9 @@ LOADERS = 2
 
 
 # Methods see a tile in pieces of about so many elements of all checkpoints: their arrays stay in the L2 cache.
-PIECE_ELEMENTS = 32 * 1024
+PIECE_ELEMENTS = 256 * 1024
 # Arrays of a piece that a method's functions may hold at a time.
-_PIECE_ARRAYS = 12
+_PIECE_ARRAYS = 6
 
 
 def piece_elements(checkpoints: int, width: int | None = None) -> int:

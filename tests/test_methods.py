@@ -214,7 +214,7 @@ def _chances(method, delta, density, epsilon):
     if method.startswith("dare"):
         return np.full(delta.shape, density)
     rows = np.abs(delta).reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
-    ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    ranks = rows.astype(np.float32).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     return (density - epsilon + 2 * epsilon * ranks / max(rows.shape[1] - 1, 1)).reshape(delta.shape)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends import merging
 from streamsoup.backends.protocol import Blend, Combined, Portion, Token
-from streamsoup.backends.values import NumpyValues
+from streamsoup.backends.tracing import Program, trace
 from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
+from streamsoup.kernels.vector_machine import Stretch
 from streamsoup.maps import address_of
 from streamsoup.measurement import Part, SurveyPart
 from streamsoup.methods.protocol import Elementwise
@@ -100,7 +102,7 @@ class CpuSlot:
 
     def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
         """See `Slot`."""
-        merging.look(_Pieces(np.array(addresses, np.uint64)), portion, blend, part)
+        merging.look(_CpuTile(addresses, portion, blend), part)
 
     def merge(
         self,
@@ -112,76 +114,76 @@ class CpuSlot:
     ) -> Token:
         """See `Slot`."""
         output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
-        return Done(merging.merge(_Pieces(np.array(addresses, np.uint64)), portion, blend, rule, output))
+        return Done(merging.merge(_CpuTile(addresses, portion, blend), rule, output))
 
 
-class _Pieces:
-    """See `merging.Pieces`."""
+class _CpuTile:
+    """See `merging.DeviceTile`."""
 
-    def __init__(self, addresses: npt.NDArray[np.uint64]) -> None:
-        self._addresses = addresses
+    longest_look = None
 
-    gram = staticmethod(measuring.gram)
-    halves = staticmethod(measuring.halves)
+    def __init__(self, addresses: Sequence[int], portion: Portion, blend: Blend) -> None:
+        self.portion = portion
+        self.blend = blend
+        self._addresses = np.array(addresses, np.uint64)
 
-    def histograms(
-        self, rows: npt.NDArray[np.float64], number: int, prefixes: npt.NDArray[np.uint32]
-    ) -> npt.NDArray[np.int64]:
-        """See `Arithmetic`."""
-        with np.errstate(over="ignore"):
-            found: npt.NDArray[np.int64] = measuring.histograms(rows.astype(np.float32), number, prefixes)
-            return found
+    def _stretch(self, begin: int, count: int) -> Stretch:
+        return Stretch(self._addresses, self.blend.codes, begin, count, self.portion.start + begin)
 
-    def values(self, portion: Portion, blend: Blend, begin: int, count: int) -> NumpyValues:
-        """See `Pieces`."""
+    def _trace(self, function: Callable[[Any], Any]) -> Program:
+        return trace(function, self.portion.tensor, len(self._addresses))
+
+    def _decoded(self, begin: int, count: int) -> npt.NDArray[np.float64]:
         rows = np.empty((len(self._addresses), count))
-        measuring.decode_rows(self._addresses, blend.codes, begin, count, rows)
-        return NumpyValues(rows, portion.tensor, portion.start + begin)
+        measuring.decode_rows(self._addresses, self.blend.codes, begin, count, rows)
+        return rows
 
-    def survey(
-        self, portion: Portion, blend: Blend, begin: int, count: int, part: SurveyPart
-    ) -> npt.NDArray[np.float64]:
-        """See `Pieces`."""
-        first = (portion.start + begin) // BLOCK_ELEMENTS
+    def gram(self, begin: int, count: int, centre: int | None) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
+        found: npt.NDArray[np.float64] = measuring.gram(self._decoded(begin, count), centre)
+        return found
+
+    def sums(self, begin: int, count: int, function: Callable[[Any], Any]) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
+        return self._trace(function).to_sums(self._stretch(begin, count))
+
+    def counts(
+        self, begin: int, count: int, function: Callable[[Any], Any], number: int, prefixes: npt.NDArray[np.uint32]
+    ) -> npt.NDArray[np.int64]:
+        """See `Looks`."""
+        return self._trace(function).to_counts(self._stretch(begin, count), number, prefixes)
+
+    def merge(
+        self, begin: int, count: int, function: Callable[[Any], Any], out: memoryview
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """See `DeviceTile`."""
+        (result,), bad = self._trace(function).to_rows(self._stretch(begin, count))
+        unused = np.zeros(1, np.uint64)
+        source = np.array([result.ctypes.data], np.uint64), np.array([codes.F64], np.uint8), np.ones(1)
+        place = (count, 0, address_of(out), self.blend.out_code, np.zeros(1, np.uint8), unused, np.zeros(1, np.int64))
+        too_large = int(kernels.combine(*source, 1.0, *place))
+        if bad[-1]:
+            finite = np.isfinite(self._decoded(begin, count)).all(axis=0)
+            too_large += int((~np.isfinite(result) & finite).sum())
+        return bad[:-1], too_large
+
+    def survey(self, begin: int, count: int, part: SurveyPart) -> npt.NDArray[np.float64]:
+        """See `DeviceTile`."""
+        first = (self.portion.start + begin) // BLOCK_ELEMENTS
         found: npt.NDArray[np.float64] = measuring.survey(
-            self._addresses, blend.codes, begin, count, first,
+            self._addresses, self.blend.codes, begin, count, first,
             based=part.based, digests=part.digests, nonfinite=part.nonfinite,
         )  # fmt: skip
         return found
 
-    def nonfinite(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
-        """See `Pieces`."""
-        finite = np.isfinite(rows)
-        return None if finite.all() else (~finite).sum(axis=1)
-
-    def store(
-        self, result: npt.NDArray[np.float64], rows: npt.NDArray[np.float64], out: memoryview, blend: Blend
-    ) -> int:
-        """See `Pieces`."""
-        result = np.ascontiguousarray(result)
-        nothing = np.zeros(1, np.uint8)
-        place = (
-            len(result),
-            0,
-            address_of(out),
-            blend.out_code,
-            nothing,
-            np.zeros(1, np.uint64),
-            np.zeros(1, np.int64),
-        )
-        source = np.array([result.ctypes.data], np.uint64), np.array([codes.F64], np.uint8), np.ones(1)
-        too_large = int(kernels.combine(*source, 1.0, *place))
-        if (bad := ~np.isfinite(result)).any():
-            too_large += int((bad & np.isfinite(rows).all(axis=0)).sum())
-        return too_large
-
-    def digests(self, blend: Blend, portion: Portion) -> npt.NDArray[np.uint64]:
-        """See `Pieces`."""
-        first = portion.start // BLOCK_ELEMENTS
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """See `DeviceTile`."""
+        elements, first = self.portion.elements, self.portion.start // BLOCK_ELEMENTS
+        sizes, hashed = self.blend.itemsizes, self.blend.hashed
         return np.array(
             [
-                kernels.digest(address, portion.elements * size, size, first) if hashed else 0
-                for address, size, hashed in zip(self._addresses.tolist(), blend.itemsizes, blend.hashed, strict=True)
+                kernels.digest(address, elements * size, size, first) if wanted else 0
+                for address, size, wanted in zip(self._addresses.tolist(), sizes, hashed, strict=True)
             ],
             np.uint64,
         )

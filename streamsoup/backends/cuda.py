@@ -5,7 +5,7 @@ It runs on ``cuda`` and, for tests, on torch's own ``cpu``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from streamsoup.backends import merging
 from streamsoup.backends.protocol import Blend, Combined, Portion, Token
-from streamsoup.backends.values import TorchValues
 from streamsoup.errors import RecipeError
 from streamsoup.kernels import codes
 from streamsoup.measurement import Part, SurveyPart
@@ -22,6 +21,8 @@ from streamsoup.tiling import BLOCK_ELEMENTS, Tiling, piece_elements
 
 if TYPE_CHECKING:
     import torch
+
+    from streamsoup.backends.values import TorchValues
 
 
 class TorchToken:
@@ -121,7 +122,7 @@ class TorchSlot:
 
     def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
         """See `Slot`."""
-        merging.look(self._pieces(blend, portion), portion, blend, part)
+        merging.look(self._tile(blend, portion), part)
 
     def merge(
         self,
@@ -133,13 +134,11 @@ class TorchSlot:
     ) -> Token:
         """See `Slot`."""
         output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
-        return _Merged(merging.merge(self._pieces(blend, portion), portion, blend, rule, output))
+        return _Merged(merging.merge(self._tile(blend, portion), rule, output))
 
-    def _pieces(self, blend: Blend, portion: Portion) -> _Pieces:
-        sizes = blend.itemsizes
-        return _Pieces(
-            [self._staging[i][: portion.elements * n].to(self._device) for i, n in enumerate(sizes)], self._device
-        )
+    def _tile(self, blend: Blend, portion: Portion) -> _TorchTile:
+        sources = [self._staging[i][: portion.elements * n].to(self._device) for i, n in enumerate(blend.itemsizes)]
+        return _TorchTile(sources, portion, blend, self._device)
 
 
 class _Merged:
@@ -153,89 +152,89 @@ class _Merged:
         return self._combined
 
 
-class _Pieces:
-    """See `merging.Pieces`."""
+class _TorchTile:
+    """See `merging.DeviceTile`."""
 
-    def __init__(self, sources: list[torch.Tensor], device: torch.device) -> None:
+    def __init__(self, sources: list[torch.Tensor], portion: Portion, blend: Blend, device: torch.device) -> None:
+        self.portion = portion
+        self.blend = blend
+        self.longest_look = piece_elements(len(sources))
         self._sources = sources
         self._device = device
 
-    def gram(self, rows: torch.Tensor, centre: int | None) -> npt.NDArray[np.float64]:
-        """See `Arithmetic`."""
+    def _values(self, begin: int, count: int) -> TorchValues:
+        import torch
+
+        from streamsoup.backends.values import TorchValues
+        from streamsoup.kernels import torch_combine
+
+        rows = [
+            torch_combine.widen(raw[begin * n : (begin + count) * n], int(code))
+            for raw, n, code in zip(self._sources, self.blend.itemsizes, self.blend.codes, strict=True)
+        ]
+        return TorchValues(torch.stack(rows), self.portion.tensor, self.portion.start + begin)
+
+    def gram(self, begin: int, count: int, centre: int | None) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
         from streamsoup.kernels import torch_measuring
 
-        return np.asarray(torch_measuring.gram(rows, centre).cpu().numpy())
+        return np.asarray(torch_measuring.gram(self._values(begin, count).rows, centre).cpu().numpy())
 
-    def halves(self, rows: torch.Tensor) -> npt.NDArray[np.float64]:
-        """See `Arithmetic`."""
+    def sums(self, begin: int, count: int, function: Callable[[Any], Any]) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
         from streamsoup.kernels import torch_measuring
 
-        return np.asarray(torch_measuring.halves(rows).cpu().numpy())
+        return np.asarray(torch_measuring.halves(function(self._values(begin, count))).cpu().numpy())
 
-    def histograms(self, rows: torch.Tensor, number: int, prefixes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-        """See `Arithmetic`."""
+    def counts(
+        self, begin: int, count: int, function: Callable[[Any], Any], number: int, prefixes: npt.NDArray[np.uint32]
+    ) -> npt.NDArray[np.int64]:
+        """See `Looks`."""
         import torch
 
         from streamsoup.kernels import torch_measuring
 
         wanted = torch.from_numpy(prefixes.astype(np.int64)).to(self._device)
-        return np.asarray(torch_measuring.histograms(rows.float(), number, wanted).cpu().numpy())
+        keys = function(self._values(begin, count)).float()
+        return np.asarray(torch_measuring.histograms(keys, number, wanted).cpu().numpy())
 
-    def values(self, portion: Portion, blend: Blend, begin: int, count: int) -> TorchValues:
-        """See `Pieces`."""
-        import torch
-
+    def merge(
+        self, begin: int, count: int, function: Callable[[Any], Any], out: memoryview
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """See `DeviceTile`."""
         from streamsoup.kernels import torch_combine
 
-        rows = torch.stack(
-            [
-                torch_combine.widen(raw[begin * n : (begin + count) * n], int(code))
-                for raw, n, code in zip(self._sources, blend.itemsizes, blend.codes, strict=True)
-            ]
-        )
-        return TorchValues(rows, portion.tensor, portion.start + begin)
+        values = self._values(begin, count)
+        finite = values.rows.isfinite()
+        raw = torch_combine.encode(function(values), self.blend.out_code)
+        np.frombuffer(out, np.uint8)[:] = raw.cpu().numpy()
+        too_large = int((torch_combine.bad(raw, self.blend.out_code) & finite.all(dim=0)).sum())
+        return np.asarray((~finite).sum(dim=1).cpu().numpy()), too_large
 
-    def survey(
-        self, portion: Portion, blend: Blend, begin: int, count: int, part: SurveyPart
-    ) -> npt.NDArray[np.float64]:
-        """See `Pieces`."""
+    def survey(self, begin: int, count: int, part: SurveyPart) -> npt.NDArray[np.float64]:
+        """See `DeviceTile`."""
         from streamsoup.kernels import torch_combine, torch_measuring
 
-        first = (portion.start + begin) // BLOCK_ELEMENTS
-        for k, (raw, size) in enumerate(zip(self._sources, blend.itemsizes, strict=True)):
+        first = (self.portion.start + begin) // BLOCK_ELEMENTS
+        for k, (raw, size) in enumerate(zip(self._sources, self.blend.itemsizes, strict=True)):
             digest = torch_combine.digest(raw[begin * size : (begin + count) * size], size, first)
             part.digests[k] += np.uint64(int(digest) % 2**64)
         found = []
-        step = piece_elements(len(blend.codes))
-        for at in range(begin, begin + count, step):
-            rows = self.values(portion, blend, at, min(step, begin + count - at)).rows
-            if (bad := self.nonfinite(rows)) is not None:
-                part.nonfinite += bad
+        for at in range(begin, begin + count, self.longest_look):
+            rows = self._values(at, min(self.longest_look, begin + count - at)).rows
+            part.nonfinite += (~rows.isfinite()).sum(dim=1).cpu().numpy()
             found.append(torch_measuring.survey(rows, based=part.based).cpu().numpy())
         return np.concatenate(found)
 
-    def nonfinite(self, rows: torch.Tensor) -> npt.NDArray[np.int64] | None:
-        """See `Pieces`."""
-        bad = ~rows.isfinite()
-        return np.asarray(bad.sum(dim=1).cpu().numpy()) if bool(bad.any()) else None
-
-    def store(self, result: torch.Tensor, rows: torch.Tensor, out: memoryview, blend: Blend) -> int:
-        """See `Pieces`."""
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """See `DeviceTile`."""
         from streamsoup.kernels import torch_combine
 
-        raw = torch_combine.encode(result, blend.out_code)
-        np.frombuffer(out, np.uint8)[:] = raw.cpu().numpy()
-        return int((torch_combine.bad(raw, blend.out_code) & rows.isfinite().all(dim=0)).sum())
-
-    def digests(self, blend: Blend, portion: Portion) -> npt.NDArray[np.uint64]:
-        """See `Pieces`."""
-        from streamsoup.kernels import torch_combine
-
-        first = portion.start // BLOCK_ELEMENTS
+        first = self.portion.start // BLOCK_ELEMENTS
         return np.array(
             [
                 int(torch_combine.digest(raw, size, first)) % 2**64 if hashed else 0
-                for raw, size, hashed in zip(self._sources, blend.itemsizes, blend.hashed, strict=True)
+                for raw, size, hashed in zip(self._sources, self.blend.itemsizes, self.blend.hashed, strict=True)
             ],
             np.uint64,
         )

@@ -1,22 +1,23 @@
-"""The numbers of a tile, decoded, as methods see them: arrays of numpy or of torch, with the same bits."""
+"""The numbers of a tile as methods see them, on any device of torch. On the CPU they are traced instead."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 
+from streamsoup.backends.tracing import row_sums, stream_keys
+from streamsoup.kernels.torch_measuring import uniform
 from streamsoup.methods.protocol import Array, TensorInfo
 
 
-class NumpyValues:
-    """See `Values`; on the CPU.
+class TorchValues:
+    """See `Values`.
 
     Parameters
     ----------
-    rows : float64 array, shape (checkpoints, n)
+    rows : float64 Tensor, shape (checkpoints, n)
     tensor : TensorInfo
     start : int
         Place in the tensor of the first element.
@@ -29,15 +30,15 @@ class NumpyValues:
 
     def where(self, condition: Array, yes: Array, no: Array | float) -> Array:
         """See `Values`."""
-        return np.where(condition, yes, no)
+        return torch.where(condition, yes, no)
 
     def sign(self, array: Array) -> Array:
         """See `Values`."""
-        return np.sign(array)
+        return array.sign()
 
     def column(self, numbers: tuple[float, ...]) -> Array:
         """See `Values`."""
-        return np.array(numbers)[:, None]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.rows.device)[:, None]
 
     def total(self, array: Array) -> Array:
         """See `Values`."""
@@ -48,80 +49,11 @@ class NumpyValues:
 
     def sqrt(self, array: Array) -> Array:
         """See `Values`."""
-        return np.sqrt(array)
-
-    def stack(self, arrays: list[Array]) -> Array:
-        """See `Values`."""
-        return np.stack(arrays)
-
-    def single(self, array: Array) -> Array:
-        """See `Values`."""
-        return array.astype(np.float32).astype(np.float64)
-
-    def uniform(self, seed: int, streams: int) -> Array:
-        """See `Values`."""
-        from streamsoup.kernels.measuring import uniform
-
-        return uniform(np.array(self._keys(seed, streams), np.uint64), self._start, self.rows.shape[1])
-
-    def _keys(self, seed: int, streams: int) -> list[int]:
-        texts = (f"{seed}\0{stream}\0{self.tensor.name}" for stream in range(streams))
-        return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
-
-    def row_ranks(self, array: Array) -> Array:
-        """See `Values`."""
-        by_row = array.reshape(*array.shape[:-1], -1, self.tensor.width)
-        ranks = by_row.argsort(axis=-1, kind="stable").argsort(axis=-1, kind="stable")
-        return ranks.reshape(array.shape).astype(np.float64)
-
-    def row_dot(self, a: Array, b: Array) -> Array:
-        """See `Values`."""
-        products = self._by_halves((a * b).reshape(-1, self.tensor.width))
-        return products.repeat(self.tensor.width)
-
-    def _by_halves(self, rows: Array) -> Array:
-        """Add the elements of each row in an order that depends on their number alone, shape (rows,)."""
-        while (length := rows.shape[-1]) > 1:
-            half = length // 2
-            added = rows[..., :half] + rows[..., half : 2 * half]
-            if length % 2:
-                added[..., 0] += rows[..., -1]
-            rows = added
-        return rows[..., 0]
-
-    def apply(self, function: Callable[[Any], Any], array: Array) -> Array:
-        """See `Values`."""
-        return function(array)
-
-
-class TorchValues(NumpyValues):
-    """See `Values`; on any device of torch."""
-
-    def where(self, condition: Array, yes: Array, no: Array | float) -> Array:
-        """See `Values`."""
-        import torch
-
-        return torch.where(condition, yes, no)
-
-    def sign(self, array: Array) -> Array:
-        """See `Values`."""
-        return array.sign()
-
-    def column(self, numbers: tuple[float, ...]) -> Array:
-        """See `Values`."""
-        import torch
-
-        return torch.tensor(numbers, dtype=torch.float64, device=self.rows.device)[:, None]
-
-    def sqrt(self, array: Array) -> Array:
-        """See `Values`."""
         return array.sqrt()
 
-    def stack(self, arrays: list[Array]) -> Array:
+    def stack(self, arrays: Sequence[Array]) -> Array:
         """See `Values`."""
-        import torch
-
-        return torch.stack(arrays)
+        return torch.stack(list(arrays))
 
     def single(self, array: Array) -> Array:
         """See `Values`."""
@@ -129,23 +61,21 @@ class TorchValues(NumpyValues):
 
     def uniform(self, seed: int, streams: int) -> Array:
         """See `Values`."""
-        from streamsoup.kernels.torch_measuring import uniform
-
-        return uniform(self._keys(seed, streams), self._start, self.rows.shape[1], self.rows.device)
+        keys = stream_keys(seed, streams, self.tensor.name)
+        return uniform(keys, self._start, self.rows.shape[1], self.rows.device)
 
     def row_ranks(self, array: Array) -> Array:
         """See `Values`."""
-        by_row = array.reshape(*array.shape[:-1], -1, self.tensor.width)
-        order = by_row.argsort(dim=-1, stable=True)
-        return order.argsort(dim=-1, stable=True).reshape(array.shape).double()
+        by_row = array.reshape(-1, self.tensor.width)
+        places = torch.arange(self.tensor.width, device=array.device)
+        order = ((by_row.float().view(torch.int32).long() << 32) | places).sort(dim=1).values & 0xFFFFFFFF
+        ranks = torch.empty_like(by_row).scatter_(1, order, places.double().expand_as(by_row))
+        return ranks.reshape(array.shape)
 
     def row_dot(self, a: Array, b: Array) -> Array:
         """See `Values`."""
-        products = self._by_halves((a * b).reshape(-1, self.tensor.width))
-        return products.repeat_interleave(self.tensor.width)
+        return row_sums(a * b, self.tensor.width)[0]
 
     def apply(self, function: Callable[[Any], Any], array: Array) -> Array:
         """See `Values`."""
-        import torch
-
         return torch.from_numpy(function(array.cpu().numpy())).to(array.device)
