@@ -118,13 +118,13 @@ def survey(
     Memory: a block of every source, and 33 KiB. Releases the GIL. Each byte is read once from memory. Source: own.
     """
     from . import native
-    from .native_survey import ROOM, SCRATCH_BYTES, rooms, row_elements
+    from .native_survey import ROOM, ROW, SCRATCH_BYTES, rooms, strips
 
     count = len(sources)
     out = np.empty((-(-elements // BLOCK), count * (count + 1) // 2 + 3))
     native.built("survey")(
         sources, codes, begin, elements, first_block, int(based), out, digests, nonfinite,
-        np.ones(1), np.empty((count, BLOCK)), _aligned(count, row_elements(count)), _aligned(rooms(count), ROOM),
+        np.ones(1), np.empty((count, BLOCK)), _aligned(strips(count), ROW), _aligned(rooms(count), ROOM),
         np.empty(count, np.uint64), np.empty(SCRATCH_BYTES, np.uint8),
     )  # fmt: skip
     return out

@@ -2,8 +2,9 @@
 
 In a tree by halves, elements meet that lie an eighth of a block apart, so a step takes the same four lanes of each
 eighth and adds the upper three levels in registers, for two rows by two at a time: one load a product. A strip of all
-rows (a part of each eighth) goes through centring and all products before the next takes its place in the L1 cache;
-with whole rows, which lie in L2, both took half as long again. Meanwhile the next block comes from memory.
+rows (a part of each eighth) goes through centring and all products before the next takes its place in the L1 cache; of
+many rows, the strips of a few go through the products at a time. From L2, or from strips that share the sets of L1,
+products took twice as long. Meanwhile the next block comes from memory.
 """
 
 # numba functions cannot be annotated.
@@ -26,64 +27,56 @@ from .vectors import F32 as SINGLE
 from .vectors import F64 as DOUBLE
 from .vectors import I32, I64, constant, load, plus, store, vector
 
-__all__ = ["ROOM", "SCRATCH_BYTES", "build_survey", "rooms", "row_elements"]
-
-_WHOLE_ROW = BLOCK + 32
-"""Elements from one whole row to the next: rows that lie a power of two apart share a few sets of the L1 cache."""
+__all__ = ["ROOM", "ROW", "SCRATCH_BYTES", "build_survey", "rooms", "strips"]
 
 SCRATCH_BYTES = 4 * GROUP * STRIP + 8 * GROUP
 _EIGHTH = BLOCK // 8
 ROOM = 4 * _EIGHTH
 """Partial sums of four inner products."""
 
-_STEPS = _EIGHTH // 4
-_STRIP_STEPS = 8
+_STRIPS = 8
+_STEPS = _EIGHTH // 4 // _STRIPS
+ROW = BLOCK // _STRIPS
+"""Elements of a row's strip: a part of each eighth, one after the other."""
+
 _MOST_ROWS = 16
-"""Strips of more rows than these do not lie in the L1 cache, and their partial sums not in L2."""
+"""Strips of more rows than these do not lie in the L1 cache."""
+_TEAM = 12
+"""Of many rows, so many are multiplied by so many at a time."""
 
 _FOUR = vector(DOUBLE, 4)
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
-_TREE = ((0, 4), (2, 6), (1, 5), (3, 7))
 
 
-def _multiplier(distance: int) -> Any:
-    """`distance`: bytes from one eighth to the next."""
-
-    @intrinsic
-    def products(typingctx, left, right, other_left, other_right, room, first, steps):
-        """Write the sums over eighths of left·right, left·other_right, other_left·right, other_left·other_right."""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, right, other_left, other_right, room, first, steps = arguments
-            with cgutils.for_range(builder, steps) as step:
-                number = builder.add(first, step.index)
-                at = builder.mul(step.index, ir.Constant(I64, 32))
-                homes = [builder.add(one, at) for one in (left, other_left, right, other_right)]
-                halves: list[list[Any]] = [[], [], [], []]
-                for pair in _TREE:
-                    quarters: list[list[Any]] = [[], [], [], []]
-                    for eighth in pair:
-                        a, b, c, d = (load(builder, plus(builder, h, distance * eighth), _FOUR) for h in homes)
-                        for place, (x, y) in enumerate(((a, c), (a, d), (b, c), (b, d))):
-                            quarters[place].append(builder.fmul(x, y))
-                    for place, (one, other) in enumerate(quarters):
-                        halves[place].append(builder.fadd(one, other))
-                        if len(halves[place]) == 2 and pair == _TREE[1]:
-                            halves[place] = [builder.fadd(*halves[place])]
-                there = builder.add(room, builder.mul(number, ir.Constant(I64, 128)))
-                for place, (upper, one, other) in enumerate(halves):
-                    total = builder.fadd(upper, builder.fadd(one, other))
-                    store(builder, total, plus(builder, there, 32 * place))
-            return context.get_dummy_value()
-
-        i, u = types.int64, types.uint64
-        return types.void(u, u, u, u, u, i, i), generate
-
-    return products
+def _halved(builder: Any, ones: list[Any]) -> Any:
+    """Add vectors by halves."""
+    while len(ones) > 1:
+        half = len(ones) // 2
+        ones = [builder.fadd(one, other) for one, other in zip(ones[:half], ones[half:], strict=True)]
+    return ones[0]
 
 
-_products_of_strips = _multiplier(32 * _STRIP_STEPS)
-_products_of_rows = _multiplier(8 * _EIGHTH)
+@intrinsic
+def _products(typingctx, left, right, other_left, other_right, room):
+    """Write the sums over eighths of left·right, left·other_right, other_left·right, other_left·other_right."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right, other_left, other_right, room = arguments
+        with cgutils.for_range(builder, ir.Constant(I64, _STEPS)) as step:
+            at = builder.mul(step.index, ir.Constant(I64, 32))
+            homes = [builder.add(one, at) for one in (left, other_left, right, other_right)]
+            products: list[list[Any]] = [[], [], [], []]
+            for eighth in range(8):
+                a, b, c, d = (load(builder, plus(builder, h, 32 * _STEPS * eighth), _FOUR) for h in homes)
+                for of_pair, (x, y) in zip(products, ((a, c), (a, d), (b, c), (b, d)), strict=True):
+                    of_pair.append(builder.fmul(x, y))
+            there = builder.add(room, builder.mul(step.index, ir.Constant(I64, 128)))
+            for place, of_pair in enumerate(products):
+                store(builder, _halved(builder, of_pair), plus(builder, there, 32 * place))
+        return context.get_dummy_value()
+
+    u = types.uint64
+    return types.void(u, u, u, u, u), generate
 
 
 def _bf16(builder: Any, address: Any) -> Any:
@@ -106,15 +99,15 @@ def _f64(builder: Any, address: Any) -> Any:
 
 def _centrer(itemsize: int, read: Any) -> Any:
     @intrinsic
-    def centre(typingctx, pointers, offset, rows, row_bytes, count, based, steps):
-        """Write some steps of the eighths of the first source, and of the differences of the others from it.
+    def centre(typingctx, pointers, offset, rows, count, based):
+        """Write a strip of the first source, and of the differences of the others from it.
 
-        `pointers` is the address of a table of `count` sources, `offset` in bytes. The eighths are written one after
-        the other. Returns how many elements vary, moved, and conflict.
+        `pointers` is the address of a table of `count` sources, `offset` in bytes. Returns how many elements vary,
+        moved, and conflict.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointers, offset, rows, row_bytes, count, based, steps = arguments
+            pointers, offset, rows, count, based = arguments
             counts = [cgutils.alloca_once_value(builder, constant(I64, 4, 0)) for _ in range(3)]
             has_base = builder.icmp_signed("!=", based, ir.Constant(I64, 0))
             zero, eight = constant(DOUBLE, 4, 0.0), ir.Constant(I64, 8)
@@ -135,7 +128,7 @@ def _centrer(itemsize: int, read: Any) -> Any:
                     number = builder.add(row.index, ir.Constant(I64, 1))
                     entry = builder.add(pointers, builder.mul(number, eight))
                     source = builder.add(load(builder, entry, I64), inside)
-                    there = builder.add(home, builder.mul(number, row_bytes))
+                    there = builder.add(home, builder.mul(number, ir.Constant(I64, 8 * ROW)))
                     for n in range(4):
                         value = builder.fsub(read(builder, plus(builder, source, 4 * itemsize * n)), centres[n])
                         store(builder, value, plus(builder, there, 32 * n))
@@ -148,9 +141,9 @@ def _centrer(itemsize: int, read: Any) -> Any:
                     below, above = builder.fcmp_ordered("<", low, zero), builder.fcmp_ordered(">", high, zero)
                     flags = builder.fcmp_ordered("<", low, high), builder.or_(below, above), builder.and_(below, above)
                     for one, flag in zip(counts, flags, strict=True):
-                        builder.store(builder.add(builder.load(one), builder.zext(flag, vector(I64, 4))), one)
+                        builder.store(builder.sub(builder.load(one), builder.sext(flag, vector(I64, 4))), one)
 
-            groups = builder.udiv(steps, ir.Constant(I64, 4))
+            groups = ir.Constant(I64, _STEPS // 4)
             with cgutils.for_range(builder, eight) as eighth:
                 begin = builder.add(offset, builder.mul(eighth.index, ir.Constant(I64, _EIGHTH * itemsize)))
                 with cgutils.for_range(builder, groups) as group:
@@ -166,7 +159,7 @@ def _centrer(itemsize: int, read: Any) -> Any:
             return context.make_tuple(builder, signature.return_type, totals)
 
         i, u = types.int64, types.uint64
-        return types.UniTuple(i, 3)(u, i, u, i, i, i, i), generate
+        return types.UniTuple(i, 3)(u, i, u, i, i), generate
 
     return centre
 
@@ -176,14 +169,14 @@ _centre_f32, _centre_f64 = _centrer(4, _f32), _centrer(8, _f64)
 
 
 @numba.njit(nogil=True, inline="always")
-def _centre(code, pointers, offset, rows, row_bytes, count, based, steps):
+def _centre(code, pointers, offset, rows, count, based):
     if code == BF16:
-        return _centre_bf16(pointers, offset, rows, row_bytes, count, based, steps)
+        return _centre_bf16(pointers, offset, rows, count, based)
     if code == F16:
-        return _centre_f16(pointers, offset, rows, row_bytes, count, based, steps)
+        return _centre_f16(pointers, offset, rows, count, based)
     if code == F32:
-        return _centre_f32(pointers, offset, rows, row_bytes, count, based, steps)
-    return _centre_f64(pointers, offset, rows, row_bytes, count, based, steps)
+        return _centre_f32(pointers, offset, rows, count, based)
+    return _centre_f64(pointers, offset, rows, count, based)
 
 
 @intrinsic
@@ -212,10 +205,7 @@ def _fold(typingctx, room):
             for place in range(4):
                 here = plus(builder, home, 32 * place)
                 ones = [load(builder, plus(builder, here, distance * eighth), _FOUR) for eighth in range(8)]
-                while len(ones) > 1:
-                    half = len(ones) // 2
-                    ones = [builder.fadd(one, other) for one, other in zip(ones[:half], ones[half:], strict=True)]
-                store(builder, ones[0], here)
+                store(builder, _halved(builder, ones), here)
 
         with cgutils.for_range(builder, ir.Constant(I64, 8)) as step:
             add(builder.add(room, builder.mul(step.index, ir.Constant(I64, 128))), 8 * 128)
@@ -236,68 +226,73 @@ def _decode(source, code, one, begin, length, row, stage):
 
 
 @numba.njit(nogil=True, inline="always")
-def _settle(room, a, b, count, out):
-    """Add the partial sums of four products, and write those of the triangle."""
-    _fold(np.uint64(room.ctypes.data))
-    for place in range(4):
-        i, k = a + place // 2, b + place % 2
-        if k <= i < count:
-            first = room[4 * place] + room[4 * place + 2]
-            out[i * (i + 1) // 2 + k] = first + (room[4 * place + 1] + room[4 * place + 3])
+def _multiply(strip, count, top, side, team, number, room):
+    """Write the partial sums of the products of a team of rows, from `top` on, with another, from `side` on."""
+    row_bytes, tile = np.uint64(8 * ROW), 0
+    for a in range(top, min(top + team, count), 2):
+        left, other_left = strip + row_bytes * np.uint64(a), strip + row_bytes * np.uint64(min(a + 1, count - 1))
+        for b in range(side, min(side + team, a + 1), 2):
+            right, other_right = strip + row_bytes * np.uint64(b), strip + row_bytes * np.uint64(min(b + 1, count - 1))
+            partial = np.uint64(room[tile].ctypes.data) + np.uint64(128 * _STEPS * number)
+            _products(left, right, other_left, other_right, partial)
+            tile += 1
 
 
 @numba.njit(nogil=True, inline="always")
-def _multiply(rows, row_bytes, count, first, steps, room, out):
-    """Write the partial sums of all products; of many rows, the products."""
+def _settle(count, top, side, team, room, out):
+    """Add up what `_multiply` wrote of all strips, and write what is in the triangle."""
     tile = 0
-    for a in range(0, count, 2):
-        left, other_left = rows + row_bytes * np.uint64(a), rows + row_bytes * np.uint64(min(a + 1, count - 1))
-        for b in range(0, a + 1, 2):
-            right, other_right = rows + row_bytes * np.uint64(b), rows + row_bytes * np.uint64(min(b + 1, count - 1))
-            partial = np.uint64(room[tile].ctypes.data)
-            if steps == _STRIP_STEPS:
-                _products_of_strips(left, right, other_left, other_right, partial, first, steps)
-                tile += 1
-            else:
-                _products_of_rows(left, right, other_left, other_right, partial, first, steps)
-                _settle(room[0], a, b, count, out)
+    for a in range(top, min(top + team, count), 2):
+        for b in range(side, min(side + team, a + 1), 2):
+            sums = room[tile]
+            _fold(np.uint64(sums.ctypes.data))
+            for place in range(4):
+                i, k = a + place // 2, b + place % 2
+                if k <= i < count:
+                    first = sums[4 * place] + sums[4 * place + 2]
+                    out[i * (i + 1) // 2 + k] = first + (sums[4 * place + 1] + sums[4 * place + 3])
+            tile += 1
 
 
 @numba.njit(nogil=True, inline="always")
 def _measure(code, pointers, offset, rows, count, based, room, out, ahead):
     """Centre a block of all sources; write the triangle of their inner products, and three counts."""
-    start, row_bytes, size = np.uint64(rows.ctypes.data), 8 * rows.shape[1], _SIZES[code]
-    small = count <= _MOST_ROWS
-    steps = _STRIP_STEPS if small else _STEPS
+    start, size = np.uint64(rows.ctypes.data), _SIZES[code]
+    few = count <= _MOST_ROWS
+    apart = np.uint64(0 if few else 8 * ROW * count)
     varying = moved = conflicts = 0
-    for first in range(0, _STEPS, steps):
+    for number in range(_STRIPS):
         if ahead:
             for k in range(count):
-                there = load_u64(pointers + np.uint64(8 * k)) + np.uint64(offset + (BLOCK + 32 * first) * size)
-                for line in range(steps * size // 2):
+                there = load_u64(pointers + np.uint64(8 * k)) + np.uint64(offset + (BLOCK + ROW * number) * size)
+                for line in range(ROW * size // 64):
                     _prefetch(there + np.uint64(64 * line))
-        found = _centre(code, pointers, offset + 4 * first * size, start, row_bytes, count, based, steps)
+        strip = start + apart * np.uint64(number)
+        found = _centre(code, pointers, offset + 4 * _STEPS * number * size, strip, count, based)
         varying, moved, conflicts = varying + found[0], moved + found[1], conflicts + found[2]
-        _multiply(start, np.uint64(row_bytes), count, first, steps, room, out)
-    if small:
-        tile = 0
-        for a in range(0, count, 2):
-            for b in range(0, a + 1, 2):
-                _settle(room[tile], a, b, count, out)
-                tile += 1
+        if few:
+            _multiply(strip, count, 0, 0, count, number, room)
+    if few:
+        _settle(count, 0, 0, count, room, out)
+    else:
+        for top in range(0, count, _TEAM):
+            for side in range(0, top + 1, _TEAM):
+                for number in range(_STRIPS):
+                    _multiply(start + apart * np.uint64(number), count, top, side, _TEAM, number, room)
+                _settle(count, top, side, _TEAM, room, out)
     end = count * (count + 1) // 2
     out[end], out[end + 1], out[end + 2] = varying, moved, conflicts
 
 
-def row_elements(count: int) -> int:
-    """Return how many elements apart rows are."""
-    return 32 * _STRIP_STEPS if count <= _MOST_ROWS else _WHOLE_ROW
+def strips(count: int) -> int:
+    """Return how many strips of rows are held at a time."""
+    return count if count <= _MOST_ROWS else count * _STRIPS
 
 
 def rooms(count: int) -> int:
-    """Return for how many products at a time there must be room."""
+    """Return for how many fours of products at a time there must be room."""
     half = (count + 1) // 2
-    return half * (half + 1) // 2 if count <= _MOST_ROWS else 1
+    return half * (half + 1) // 2 if count <= _MOST_ROWS else (_TEAM // 2) ** 2
 
 
 _F64_1, _F64_2 = numba.types.Array(numba.f8, 1, "C"), numba.types.Array(numba.f8, 2, "C")
