@@ -89,6 +89,7 @@ _REFUSED = {
     "modules": "parts of a model with recipes of their own are not supported; merge with 'models', which takes all of "
     "a checkpoint's tensors",
     "chat_template": "is not written; leave it out, and put the template into the soup's tokenizer_config.json",
+    "random_seed": "is no key but an option, here as in mergekit, which leaves it out; give --random-seed",
     "experts": "building a mixture of experts is not supported; use mergekit-moe",
     "gate_mode": "building a mixture of experts is not supported; use mergekit-moe",
 }

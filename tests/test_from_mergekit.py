@@ -195,6 +195,7 @@ REFUSED = {
     "unknown key": ({"merge_method": "linear", "models": AB, "name": "x"}, "name: no key of a mergekit recipe"),
     "modules": ({"merge_method": "linear", "modules": {}}, "modules: parts of a model .* merge with 'models'"),
     "chat template": ({"merge_method": "linear", "chat_template": "auto"}, "chat_template: is not written; leave it"),
+    "seed": ({"merge_method": "linear", "models": AB, "random_seed": 0}, "random_seed: is no key but an option"),
     "mixture": ({"base_model": "a", "experts": []}, "experts: building a mixture of experts .* use mergekit-moe"),
     "neither": ({"merge_method": "linear"}, "models: give 'models' or 'slices', and not both"),
     "both": ({"merge_method": "linear", "models": AB, "slices": [1]}, "models: give 'models' or 'slices'"),

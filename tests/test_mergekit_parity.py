@@ -476,14 +476,25 @@ def _add_differences(peer: Peer) -> None:
     peer.add("mixed", PLAIN.document(_changed(peer, "mixed", a=narrow)))
     peer.add("raw", Case("linear", ({"weight": [0.25, 1]}, {"weight": 1.0}), {}, base=False).document(
         peer.folder / "vit-float32"), "mergekit-pytorch")  # fmt: skip
+    clip = PLAIN.document(peer.folder / "clip-float32")
+    peer.add("clip", clip | {"models": _folders(peer, "clip-float32")})
+    bare = _with_config(peer, "bert", "bert-bare", {"architectures": ["BertModel"]})
+    peer.add("bare", PLAIN.document(bare))
     transform = {"cls.predictions.transform.dense.weight": np.ones((WIDTH, WIDTH), np.float32)}
-    folder = peer.folder / "bert-transform"
+    peer.add("transform", PLAIN.document(_with_config(peer, "bert", "bert-transform", {}, transform)))
+
+
+def _with_config(
+    peer: Peer, kind: str, name: str, changes: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """Write models again with another configuration, or more tensors."""
     for model in MODELS:
-        source = peer.folder / "bert-float32" / model
-        companions = {"config.json": (source / "config.json").read_text()}
-        tensors = {**read_checkpoint(source), **transform}
-        write_checkpoint(folder / model, tensors, companions=companions, metadata={"format": "pt"})
-    peer.add("transform", PLAIN.document(folder))
+        source = peer.folder / f"{kind}-float32" / model
+        config = json.loads((source / "config.json").read_text()) | dict(changes)
+        tensors = {**read_checkpoint(source), **(more or {})}
+        companions = {"config.json": json.dumps(config)}
+        write_checkpoint(peer.folder / name / model, tensors, companions=companions, metadata={"format": "pt"})
+    return peer.folder / name
 
 
 def _folders(peer: Peer, name: str) -> list[dict[str, Any]]:
@@ -509,6 +520,12 @@ def test_tensors_of_no_known_architecture_vanish_there_and_are_merged_here(peer,
         ("vit", {name for name in vit() if ".layer." in name}),
     ):
         assert ours(peer.config(name), tmp_path / name).keys() - peer.theirs(name).keys() == lost
+
+
+@pytest.mark.parametrize("name", ["clip", "bare"])
+def test_what_fails_there_is_merged_here(peer, tmp_path, name):
+    assert peer.failure(name) is not None
+    assert ours(peer.config(name), tmp_path / "soup")
 
 
 def test_of_equal_differences_some_are_kept_there_and_all_here(peer, tmp_path):
