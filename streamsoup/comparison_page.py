@@ -66,6 +66,8 @@ def render_page(found: Comparison) -> str:
     layers = ""
     if len(found.layers) > 1:
         words = f"Distance of each ingredient to {kind}, as a share of its layer's norm. Point at a line for its name."
+        if _is_log(_all_relative(found)):
+            words += " The scale is logarithmic; smaller distances, and none, lie on its lowest line."
         if found.base is not None:
             words += " Below: the share of elements whose differences from the base have opposite signs."
         layers = _section("Layer by layer", words, draw_layers(found))
@@ -123,7 +125,7 @@ def _facts(found: Comparison) -> str:
         facts.insert(1, (f"{whole.conflict_share:.1%}", "of the elements move in opposite directions from the base"))
     twins = sum(twin is not None for twin in found.twin_of)
     if twins:
-        facts.append((f"{twins}", "copies of another ingredient"))
+        facts.append((f"{twins}", "copies of other ingredients" if twins > 1 else "copy of another ingredient"))
     odd = sum(found.other_lineage)
     if odd:
         facts.append((f"{odd}", "far from the others: another lineage?"))
@@ -228,14 +230,14 @@ def draw_map(found: Comparison) -> str:
 def draw_layers(found: Comparison) -> str:
     """Draw distances, and sign conflicts if there is a base, layer by layer as SVG."""
     names, layers = list(found.layers), list(found.layers.values())
-    values = np.array([_relative(layer) for layer in layers])  # layers, ingredients
+    values = _all_relative(found)
     left, width, top, height = 58.0, 800.0, 12.0, 230.0
     right = left + width
     step = width / len(names)
     finite = values[np.isfinite(values) & (values > 0)]
     highest = float(finite.max()) if finite.size else 1.0
     lowest = float(finite.min()) if finite.size else 0.0
-    log = finite.size > 0 and highest > _LOG_RATIO * float(np.median(finite))
+    log = _is_log(values)
     ticks = _log_ticks(lowest, highest) if log else _ticks(highest)
     bottom, ceiling = ticks[0], ticks[-1]
 
@@ -288,6 +290,17 @@ def _draw_conflicts(
             f'class="bar"><title>{escape(f"{name}: {share:.1%}")}</title></rect>'
         )
     return top + height
+
+
+def _all_relative(found: Comparison) -> Numbers:
+    """Distances over norms, shape (layers, ingredients)."""
+    return np.array([_relative(layer) for layer in found.layers.values()])
+
+
+def _is_log(values: Numbers) -> bool:
+    """Whether a few distances would press all others against the axis."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    return finite.size > 0 and float(finite.max()) > _LOG_RATIO * float(np.median(finite))
 
 
 def _relative(layer: Figures) -> Numbers:
