@@ -8,7 +8,6 @@ tensor is a few numbers for each ingredient.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,15 @@ import numpy.typing as npt
 
 from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
-from streamsoup.checkpoints import Checkpoint, TensorTable, expand_paths, open_checkpoints, verify_unchanged
+from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
+from streamsoup.comparison_gathering import Gathered, TensorFigures, layer_of
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
 from streamsoup.execution import Execution
 from streamsoup.manifest import content_digests
-from streamsoup.measurement import Surveyed, SurveyMeasurement, TreeSum, held_bytes
+from streamsoup.measurement import held_bytes
 from streamsoup.methods.base import MethodBase
 from streamsoup.methods.protocol import Coefficients, TensorInfo
 from streamsoup.outcome import Outcome, Progress
@@ -35,45 +35,6 @@ from streamsoup.plan import MOST_MEASURED, Plan, make_plan, tensor_bytes
 from streamsoup.read import choose_mode, open_sources
 from streamsoup.sinks import Nowhere
 from streamsoup.units import parse_bytes
-
-_LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFigures:
-    """A few numbers of every float tensor; rows are tensors.
-
-    Attributes
-    ----------
-    names : tuple of str
-    elements, varying, moved, conflicts : int64 array, shape (tensors,)
-        See `Figures`.
-    norms, to_mean, to_base : float64 array, shape (tensors, ingredients)
-        `to_base` is all NaN without a base.
-    cosines : float64 array, shape (tensors,)
-        The mean of the cosines between two ingredients' differences.
-    identical : bool array, shape (tensors,)
-        The same in all ingredients.
-    """
-
-    names: tuple[str, ...]
-    elements: npt.NDArray[np.int64]
-    varying: npt.NDArray[np.int64]
-    moved: npt.NDArray[np.int64]
-    conflicts: npt.NDArray[np.int64]
-    norms: Numbers
-    to_mean: Numbers
-    to_base: Numbers
-    cosines: Numbers
-    identical: npt.NDArray[np.bool_]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Plain data, one mapping a tensor."""
-        names = [name for name in self.__dataclass_fields__ if name != "names"]
-        columns = {name: plain(getattr(self, name)) for name in names}
-        return [
-            {"name": name, **{key: column[t] for key, column in columns.items()}} for t, name in enumerate(self.names)
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,15 +225,18 @@ def compare(
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
     backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
     with PeakSampler() as sampler, open_sources(checkpoints, mode) as sources:
-        gathered = _Gathered(plan, based=base is not None)
+        gathered = Gathered(plan, based=base is not None)
         engine = Engine(plan, backend, sources, Nowhere(), progress=execution.progress)
         engine.run(plan.tiles(averaged=False))
         engine.measure(plan.tiles(averaged=True), dict.fromkeys(plan.averaged, gathered.measurement), keep=False)
         sampler.sample()
     for checkpoint in checkpoints:
         verify_unchanged(checkpoint)
-    return gathered.comparison(
-        outcome=engine.outcome,
+    return _conclude(
+        plan,
+        gathered,
+        engine.outcome,
+        based=base is not None,
         seconds=time.perf_counter() - began,
         peak_bytes=sampler.peak_bytes,
         read_mode=mode,
@@ -310,177 +274,53 @@ class _Survey(MethodBase):
         return Coefficients((1.0,) * self.checkpoints)
 
 
-class _Sum:
-    """Figures of several tensors in the making; they come in any order, and the result is always the same."""
-
-    def __init__(self, checkpoints: int, *, based: bool) -> None:
-        self._tree = TreeSum()
-        self._empty = np.zeros((checkpoints, checkpoints))
-        self._based = based
-        self.came = 0
-        self._counts = dict.fromkeys(("elements", "left_out", "varying", "moved", "conflicts"), 0)
-
-    def add(self, number: int, gram: Numbers, counts: Mapping[str, int]) -> None:
-        """Take in one with its number."""
-        self._tree.add(number, gram)
-        self.came += 1
-        for name, count in counts.items():
-            self._counts[name] += count
-
-    @property
-    def gram(self) -> Numbers:
-        """The sum."""
-        return self._tree.total() if self.came else self._empty
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Sums of counts."""
-        return self._counts
-
-    def figures(self) -> Figures:
-        """Make the figures."""
-        return Figures.of(self.gram, based=self._based, **self._counts)
-
-
-class _Gathered:
-    """Takes in tensors as they are measured."""
-
-    def __init__(self, plan: Plan, *, based: bool) -> None:
-        self._plan, self._based = plan, based
-        self._first = int(based)
-        count, table = len(plan.checkpoints), plan.table
-        self.measurement = SurveyMeasurement(count, based=based, sizes=table.elements, found=self._found)
-        self._row = {tensor: row for row, tensor in enumerate(plan.averaged)}
-        self._whole = _Sum(count, based=based)
-        self._layers = _Layers(table, plan.averaged)
-        self._open: dict[int, _Sum] = {}
-        self._done: dict[int, Figures] = {}
-        rows, ingredients = len(plan.averaged), count - self._first
-        self._columns = {name: np.zeros(rows, np.int64) for name in ("varying", "moved", "conflicts")}
-        self._tables = {name: np.full((rows, ingredients), np.nan) for name in ("norms", "to_mean", "to_base")}
-        self._cosines = np.full(rows, np.nan)
-        self._digests = np.zeros((count, len(table)), np.uint64)
-        self._nonfinite = np.zeros(count, np.int64)
-        nothing = np.zeros(count, np.int64)
-        for tensor in plan.averaged:
-            if not table.elements[tensor]:
-                empty = np.zeros((count, count))
-                self._found(tensor, Surveyed(empty, 0, 0, 0, nothing.astype(np.uint64), nothing))
-
-    def _found(self, tensor: int, surveyed: Surveyed) -> None:
-        """Take in one tensor."""
-        elements = int(self._plan.table.elements[tensor])
-        spoilt = bool(surveyed.nonfinite.any())
-        counts = {"varying": surveyed.varying, "moved": surveyed.moved, "conflicts": surveyed.conflicts}
-        self._digests[:, tensor] = surveyed.digests
-        self._nonfinite += surveyed.nonfinite
-        self._keep(self._row[tensor], Figures.of(
-            surveyed.gram, based=self._based, elements=elements, left_out=int(spoilt), **counts
-        ), counts)  # fmt: skip
-        layer, number = self._layers.of[tensor]
-        total = self._open.setdefault(layer, _Sum(len(surveyed.digests), based=self._based))
-        if spoilt:
-            total.add(number, np.zeros_like(surveyed.gram), {"left_out": 1})
-        else:
-            total.add(number, surveyed.gram, {"elements": elements, **counts})
-        if total.came == self._layers.sizes[layer]:
-            del self._open[layer]
-            self._done[layer] = total.figures()
-            self._whole.add(layer, total.gram, total.counts)
-
-    def _keep(self, row: int, figures: Figures, counts: Mapping[str, int]) -> None:
-        for name, count in counts.items():
-            self._columns[name][row] = count
-        self._tables["norms"][row] = figures.norms
-        self._tables["to_mean"][row] = figures.to_mean
-        if figures.to_base is not None:
-            self._tables["to_base"][row] = figures.to_base
-        cosines = figures.mean_cosines
-        known = ~np.isnan(cosines)
-        self._cosines[row] = cosines[known].mean() if known.any() else np.nan
-
-    def comparison(
-        self, *, outcome: Outcome, seconds: float, peak_bytes: int, read_mode: str, device: str
-    ) -> Comparison:
-        """Draw the conclusions; `outcome` has the digests of tensors that are not floats."""
-        plan, first = self._plan, self._first
-        everything = outcome.digests + self._digests
-        contents = content_digests(plan, everything)
-        own = contents[first:]
-        twin_of = tuple(None if (twin := own.index(digest)) == i else twin for i, digest in enumerate(own))
-        same = (everything[first:] == everything[first]).all(axis=0)
-        buffers = [t for t in range(len(plan.table)) if not plan.is_averaged(t)]
-        whole = self._whole.figures()
-        odd = other_lineages(whole.distances, twin_of)
-        points, share = classical_map(whole, odd)
-        paths = tuple(c.path for c in plan.checkpoints)
-        return Comparison(
-            ingredients=paths[first:],
-            base=paths[0] if first else None,
-            parameters=plan.parameters,
-            whole=whole,
-            layers={name: self._done[number] for number, name in enumerate(self._layers.names)},
-            tensors=self._tensor_figures(same),
-            differing_buffers=tuple(plan.table.names[t] for t in buffers if not same[t]),
-            nonfinite=self._nonfinite[first:],
-            base_nonfinite=int(self._nonfinite[0]) if first else 0,
-            content_digests=tuple(own),
-            twin_of=twin_of,
-            is_base=tuple(bool(first) and digest == contents[0] for digest in own),
-            other_lineage=odd,
-            points=points,
-            points_share=share,
-            bytes_read=outcome.bytes_read,
-            seconds=seconds,
-            engine_seconds=outcome.seconds,
-            projected_peak_bytes=plan.projected_peak_bytes,
-            measured_peak_bytes=peak_bytes,
-            read_mode=read_mode,
-            device=device,
-        )
-
-    def _tensor_figures(self, same_bytes: npt.NDArray[np.bool_]) -> TensorFigures:
-        plan, first = self._plan, self._first
-        averaged = np.array(plan.averaged, np.int64)
-        # Of unlike dtypes the bytes say nothing, and of NaN the numbers.
-        dtypes = plan.in_dtypes[averaged, first:]
-        alike = (dtypes == dtypes[:, :1]).all(axis=1)
-        unvaried = (self._columns["varying"] == 0) & np.isfinite(self._tables["norms"]).all(axis=1)
-        return TensorFigures(
-            names=tuple(plan.table.names[t] for t in plan.averaged),
-            elements=plan.table.elements[averaged].astype(np.int64),
-            varying=self._columns["varying"],
-            moved=self._columns["moved"],
-            conflicts=self._columns["conflicts"],
-            norms=self._tables["norms"],
-            to_mean=self._tables["to_mean"],
-            to_base=self._tables["to_base"],
-            cosines=self._cosines,
-            identical=np.where(alike, same_bytes[averaged], unvaried),
-        )
-
-
-class _Layers:
-    """Which layer each tensor belongs to, and as which of it: known before anything is measured."""
-
-    def __init__(self, table: TensorTable, tensors: Sequence[int]) -> None:
-        from natsort import natsorted
-
-        layer = {tensor: layer_of(table.names[tensor]) for tensor in tensors}
-        self.names: list[str] = natsorted(set(layer.values()))
-        numbers = {name: number for number, name in enumerate(self.names)}
-        self.sizes = [0] * len(self.names)
-        self.of: dict[int, tuple[int, int]] = {}
-        for tensor, name in layer.items():
-            number = numbers[name]
-            self.of[tensor] = number, self.sizes[number]
-            self.sizes[number] += 1
-
-
-def layer_of(name: str) -> str:
-    """Name the layer of a tensor: all up to its first number; or its module, where there is none."""
-    match = _LAYER.search(name)
-    return name[: match.end()] if match else name.rpartition(".")[0] or name
+def _conclude(
+    plan: Plan,
+    gathered: Gathered,
+    outcome: Outcome,
+    *,
+    based: bool,
+    seconds: float,
+    peak_bytes: int,
+    read_mode: str,
+    device: str,
+) -> Comparison:
+    """Draw the conclusions; `outcome` has the digests of tensors that are not floats."""
+    first = int(based)
+    everything = outcome.digests + gathered.digests
+    contents = content_digests(plan, everything)
+    own = contents[first:]
+    twin_of = tuple(None if (twin := own.index(digest)) == i else twin for i, digest in enumerate(own))
+    same = (everything[first:] == everything[first]).all(axis=0)
+    buffers = [t for t in range(len(plan.table)) if not plan.is_averaged(t)]
+    whole = gathered.whole
+    odd = other_lineages(whole.distances, twin_of)
+    points, share = classical_map(whole, odd)
+    paths = tuple(c.path for c in plan.checkpoints)
+    return Comparison(
+        ingredients=paths[first:],
+        base=paths[0] if first else None,
+        parameters=plan.parameters,
+        whole=whole,
+        layers=gathered.layers,
+        tensors=gathered.tensors(same),
+        differing_buffers=tuple(plan.table.names[t] for t in buffers if not same[t]),
+        nonfinite=gathered.nonfinite[first:],
+        base_nonfinite=int(gathered.nonfinite[0]) if first else 0,
+        content_digests=tuple(own),
+        twin_of=twin_of,
+        is_base=tuple(bool(first) and digest == contents[0] for digest in own),
+        other_lineage=odd,
+        points=points,
+        points_share=share,
+        bytes_read=outcome.bytes_read,
+        seconds=seconds,
+        engine_seconds=outcome.seconds,
+        projected_peak_bytes=plan.projected_peak_bytes,
+        measured_peak_bytes=peak_bytes,
+        read_mode=read_mode,
+        device=device,
+    )
 
 
 def _labels(paths: Sequence[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class Figures:
     elements : int
         Float elements that were counted.
     left_out : int
-        Tensors that were not, since an ingredient (or the base) has NaN or infinity there.
+        Tensors that were not, since an ingredient (or the base) has NaN, infinity or numbers too large to square there.
     based : bool
         Whether differences are from the base; else from the mean of the ingredients.
     gram : float64 array, shape (ingredients, ingredients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -209,11 +210,16 @@ class Surveyed:
     def of(totals: Numbers, digests: npt.NDArray[np.uint64], nonfinite: npt.NDArray[np.int64]) -> Surveyed:
         """Unpack what `streamsoup.kernels.measuring.survey` adds up to."""
         count = len(digests)
-        rows, columns = np.tril_indices(count)
+        rows, columns = _triangle(count)
         gram = np.empty((count, count))
         gram[rows, columns] = gram[columns, rows] = totals[:-3]
         varying, moved, conflicts = (int(n) for n in totals[-3:])
         return Surveyed(gram, varying, moved, conflicts, digests, nonfinite)
+
+
+@lru_cache(4)
+def _triangle(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    return np.tril_indices(count)
 
 
 class SurveyPart:

@@ -27,7 +27,7 @@ FLOORS = """
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
     picture sweeping sliding
-    comparison_figures
+    comparison_figures comparison_gathering
     learning comparison bench
     comparison_page
     cli

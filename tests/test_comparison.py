@@ -13,8 +13,8 @@ import pytest
 from factory import DTYPES, FLOATS, any_bits, fine_tunes, write_checkpoint, write_sparse
 
 import streamsoup
-from streamsoup.comparison import layer_of
 from streamsoup.comparison_figures import other_lineages
+from streamsoup.comparison_gathering import layer_of
 from streamsoup.comparison_page import NOT_PROVED, render_page
 from streamsoup.errors import BudgetError, MismatchError, RecipeError, StreamsoupError
 from streamsoup.kernels import measuring
@@ -296,6 +296,13 @@ def test_nan_is_counted_and_its_tensor_is_left_out_of_the_sums(runs, tmp_path):
     assert_figures(found.layers["layers.0"], expected_of(["layers.0.b"], dense[1:], dense[0]))
     assert found.remarks(0) == ["has NaN or infinity"]
     json.dumps(found.to_json(tensors=True), allow_nan=False)
+
+
+def test_a_tensor_whose_squares_are_too_large_is_left_out(tmp_path):
+    paths = [str(write_checkpoint(tmp_path / f"r{i}", {"a": np.full(3, i * 1e200), "b": np.ones(4)})) for i in (1, 2)]
+    found = streamsoup.compare(paths)
+    assert (found.whole.left_out, found.whole.elements) == (1, 4)
+    assert not found.nonfinite.any()
 
 
 def test_tensors_that_are_not_floats_are_compared_by_their_bytes(tmp_path):

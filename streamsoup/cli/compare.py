@@ -153,7 +153,7 @@ def _totals(found: Comparison) -> list[str]:
             ("sign conflict", f"{whole.conflict_share:.2%} of the elements ({of_moved:.2%} of those that moved)")
         )
     if whole.left_out:
-        rows.append(("left out", f"{whole.left_out:,} tensor(s) with NaN or infinity, of all sums over tensors"))
+        rows.append(("left out", f"{whole.left_out:,} tensor(s) with NaN, infinity or numbers too large to square"))
     if found.base_nonfinite:
         rows.append(("base", f"{found.base_nonfinite:,} NaN or infinite elements"))
     if found.differing_buffers:
