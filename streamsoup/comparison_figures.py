@@ -140,6 +140,31 @@ class Figures:
         }
 
 
+def number(value: float) -> str:
+    """Write a number with four digits."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def column(values: Numbers) -> list[str]:
+    """Write norms or distances with as many decimals as give the largest four digits."""
+    numbers = values.tolist()
+    largest = max((v for v in numbers if math.isfinite(v)), default=0.0)
+    if not 1e-3 <= largest < 1e6:
+        return [number(v) for v in numbers]
+    decimals = max(0, 3 - math.floor(math.log10(largest)))
+    return ["-" if math.isnan(v) else f"{v:.{decimals}f}" for v in numbers]
+
+
+def signed(value: float, digits: int) -> str:
+    """Write a cosine."""
+    return "-" if math.isnan(value) else f"{round(float(value), digits) + 0.0:+.{digits}f}"
+
+
+def typeset(text: str) -> str:
+    """Write a minus as a minus, and nothing as a dash."""
+    return "–" if text == "-" else text.replace("-", "−")
+
+
 def plain(value: Any) -> Any:
     """Turn arrays into lists, and what is no number into None."""
     if isinstance(value, np.ndarray):

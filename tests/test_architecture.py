@@ -29,7 +29,7 @@ FLOORS = """
     picture sweeping sliding
     comparison_figures comparison_gathering
     learning comparison bench
-    comparison_page
+    comparison_pictures comparison_page
     cli
     __main__
 """

@@ -101,7 +101,7 @@ def _report(found: Comparison, width: int, *, tensors: bool) -> list[str]:
 
 
 def _ingredients(found: Comparison, width: int) -> list[str]:
-    from streamsoup.comparison_page import column, signed
+    from streamsoup.comparison_figures import column, signed
 
     whole, based = found.whole, found.base is not None
     heads = ["", "norm", *(["to base"] if based else []), "to mean", "cosine", "NaN/Inf", ""]
@@ -126,7 +126,7 @@ def _ingredients(found: Comparison, width: int) -> list[str]:
 
 
 def _cosines(found: Comparison, width: int) -> list[str]:
-    from streamsoup.comparison_page import signed
+    from streamsoup.comparison_figures import signed
 
     labels = found.labels
     cosines = found.whole.cosines
@@ -136,7 +136,7 @@ def _cosines(found: Comparison, width: int) -> list[str]:
 
 
 def _totals(found: Comparison) -> list[str]:
-    from streamsoup.comparison_page import number
+    from streamsoup.comparison_figures import number
 
     whole, identical = found.whole, found.tensors.identical
     share = found.identical_parameters / found.parameters if found.parameters else 0.0
@@ -176,7 +176,7 @@ def _spread_heads(found: Comparison) -> list[str]:
 
 
 def _spread(figures: Figures) -> list[str]:
-    from streamsoup.comparison_page import signed
+    from streamsoup.comparison_figures import signed
 
     cosines = [c for c in figures.mean_cosines.tolist() if not math.isnan(c)]
     conflict = [] if figures.conflict_share is None else [f"{figures.conflict_share:.2%}"]
@@ -185,7 +185,7 @@ def _spread(figures: Figures) -> list[str]:
 
 
 def _tensors(found: Comparison, width: int) -> list[str]:
-    from streamsoup.comparison_page import signed
+    from streamsoup.comparison_figures import signed
 
     tensors = found.tensors
     rows = []
