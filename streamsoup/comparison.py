@@ -327,6 +327,6 @@ def _labels(paths: Sequence[str]) -> tuple[str, ...]:
     parts = [[p for p in os.path.normpath(path).split(os.sep) if p] for path in paths]
     for length in range(1, max(map(len, parts), default=0) + 1):
         found = [os.sep.join(p[-length:]) for p in parts]
-        if len(set(found)) == len(found):
+        if len(set(found)) == len(set(paths)):
             return tuple(found)
     return tuple(paths)

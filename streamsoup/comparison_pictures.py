@@ -12,6 +12,7 @@ from streamsoup.comparison import Comparison
 from streamsoup.comparison_figures import Figures, Numbers, signed, typeset
 
 _MOST_NUMBERED = 12
+_MOST_MARKS = 20
 _MOST_TICKS = 14
 _LOG_RATIO = 12.0
 
@@ -20,11 +21,11 @@ def draw_cosines(found: Comparison) -> str:
     """Draw the heat map of the cosines as SVG."""
     cosines, count = found.whole.cosines, len(found.ingredients)
     side = min(56.0, 380.0 / count)
-    left = 26.0
+    left, every = 26.0, math.ceil(count / _MOST_MARKS)
     parts = []
     for i in range(count):
         middle = left + (i + 0.5) * side
-        if count <= 40:
+        if i % every == 0:
             parts.append(_text(left - 6, middle, str(i + 1), "end muted"))
             parts.append(_text(middle, left - 9, str(i + 1), "mid muted"))
         for k in range(count):

@@ -243,6 +243,10 @@ def test_copies_are_found_whatever_their_shards(tmp_path):
     assert found.whole.distances[1, 3] == 0
     assert found.whole.to_base[0] == 0
     assert len(set(found.content_digests)) == 3
+    assert found.labels == ("run1", "run2", "run3", "again")
+    twice = streamsoup.compare([paths[0], paths[0], tmp_path / "again"])
+    assert twice.labels == ("run1", "run1", "again")
+    assert twice.twin_of == (None, 0, None)
 
 
 def test_copies_alone_are_at_no_distance(tmp_path):
