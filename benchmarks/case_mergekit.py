@@ -71,17 +71,22 @@ def _measure(folder: Path, files: list[Path], method: str, repeats: int, python:
         "ours": [sys.executable, "-m", "streamsoup", "mergekit", str(config), str(out), "--json", "--no-sync"],
         "mergekit": [python, str(HERE / "peers.py"), "mergekit-config", str(out), str(config)],
     }
-    # The first round is not timed: it compiles, loads libraries, and makes what is compared.
+    # The first round makes what is compared. It also compiles and loads libraries, so it is timed only if it is the
+    # only one: some methods take mergekit many minutes.
     kept: dict[str, Path] = {}
+    done: dict[str, list[Run]] = {tool: [] for tool in commands}
+    if repeats == 1:
+        run_process(commands["ours"], environment=_QUIET)
+        shutil.rmtree(out)
     for tool, command in commands.items():
-        run_process(command, environment=_QUIET)
+        first = run_process(command, environment=_QUIET)
+        done[tool] += [first] * (repeats == 1)
         kept[tool] = folder / f"kept-{tool}"
         out.rename(kept[tool])
     differences = _compare(kept["ours"], kept["mergekit"], files[0].parent)
-    done: dict[str, list[Run]] = {tool: [] for tool in commands}
     for tool in kept:
         shutil.rmtree(kept[tool])
-    for _ in range(repeats):
+    for _ in range(repeats if repeats > 1 else 0):
         for tool, command in commands.items():
             done[tool].append(run_process(command, environment=_QUIET))
             shutil.rmtree(out)

@@ -58,7 +58,7 @@ def histograms(keys: Tensor, number: int, prefixes: Tensor) -> Tensor:
 
 
 def uniform(keys: list[int], start: int, count: int, device: torch.device) -> Tensor:
-    """SplitMix64, as the vector machine has it; torch shifts int64 arithmetically, so the copies of the sign are masked away."""
+    """SplitMix64, as the vector machine has it; torch shifts copies of the sign in, which are masked away."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
         return (x >> by) & ((1 << (64 - by)) - 1)

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.companions import copy_companions
-from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.errors import DestinationError
 from streamsoup.files import write_durably, writing_to
 from streamsoup.layout import Layout
@@ -134,8 +133,7 @@ class Candidate:
             self._running.furnished.add(folder)
             if layout.index is not None:
                 write_durably(folder / "model.safetensors.index.json", layout.index)
-            if pool.first.folder is not None:
-                copy_companions(pool.first.folder, folder, dtype=_optional_dtype(pool.options.dtype))
+            copy_companions(pool.first, folder, dtype=pool.options.dtype)
         self.stamps = {shard.name: _stamp(folder / shard.name) for shard in layout.shards}
         files_only = pool.first.folder is None and len(layout.shards) == 1
         self.path = folder / layout.shards[0].name if files_only else folder
@@ -211,7 +209,3 @@ def _remove_other_shards(folder: Path, layout: Layout) -> None:
             file.unlink()
     if layout.index is None:
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-
-
-def _optional_dtype(name: str | None) -> DType | None:
-    return None if name is None else parse_float_dtype(name)

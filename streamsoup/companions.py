@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsoup.dtypes import DType
+from streamsoup.checkpoints import Checkpoint
+from streamsoup.checkpoints.sliced import SlicedCheckpoint
+from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.files import write_durably, writing_to
 
 _SUFFIXES = {
@@ -49,24 +51,24 @@ def _is_companion(file: Path) -> bool:
     return file.is_file() and file.suffix in _SUFFIXES and not _NOT_OURS.fullmatch(file.name)
 
 
-def copy_companions(
-    source: Path, target: Path, *, dtype: DType | None, layers: Sequence[int] | None = None, layers_before: int = 0
-) -> list[str]:
-    """Copy them; with another output dtype, ``config.json`` names that one.
+def copy_companions(checkpoint: Checkpoint, target: Path, *, dtype: str | None) -> list[str]:
+    """Copy them, if the checkpoint is a folder, and make ``config.json`` agree with another dtype and picked layers.
 
     Parameters
     ----------
-    source, target : Path
-    dtype : DType or None
-    layers : sequence of int, optional
-        Where layers were picked: their numbers in the source, which had `layers_before`. ``config.json`` is made to
-        agree.
+    checkpoint : Checkpoint
+    target : Path
+    dtype : str or None
+        Of the output, where it was asked for.
 
     Returns
     -------
     list of str
         The names of the files copied.
     """
+    source = checkpoint.folder
+    if source is None:
+        return []
     copied = []
     for name in companion_files(source):
         with writing_to(target / name):
@@ -74,8 +76,11 @@ def copy_companions(
             shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
         copied.append(str(name))
     config = target / "config.json"
+    layers, before = (
+        (checkpoint.layers, checkpoint.layers_before) if isinstance(checkpoint, SlicedCheckpoint) else (None, 0)
+    )
     if (dtype is not None or layers is not None) and config.exists():
-        _correct(config, dtype, layers, layers_before)
+        _correct(config, None if dtype is None else parse_float_dtype(dtype), layers, before)
     return copied
 
 

@@ -20,7 +20,7 @@ from streamsoup.mergekit_settings import Settings, covers, joined, read_flag, re
 from streamsoup.methods.catalogue import MAY_HAVE_BASE, NEEDS_BASE, NO_BASE
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.protocol import TensorInfo
-from streamsoup.recipe import Ingredient, Recipe, _strict_loader
+from streamsoup.recipe import Ingredient, Recipe, strict_loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def _read(path: Path) -> object:
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:

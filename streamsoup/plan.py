@@ -133,7 +133,7 @@ class Plan:
         return max(1, whole // unit) * unit
 
     @cached_property
-    def _depths(self) -> npt.NDArray[np.float32]:
+    def _depths(self) -> npt.NDArray[np.float64]:
         return depths(self.table.names)
 
     def info(self, tensor: int) -> TensorInfo:

@@ -207,7 +207,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
     path = Path(path)
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file.") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -253,7 +253,7 @@ def recipe_from_mapping(document: object, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _strict_loader() -> Any:
+def strict_loader() -> Any:
     """Make a loader that refuses a key that is there twice, instead of taking the last."""
     import yaml
 

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints.sliced import SlicedCheckpoint
 from streamsoup.companions import copy_companions
-from streamsoup.dtypes import parse_float_dtype
 from streamsoup.files import write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
 from streamsoup.plan import Plan
@@ -56,8 +54,4 @@ def write_side_files(
     write_durably(folder / "README.md", model_card(plan, recipe, manifest))
     if plan.layout.index is not None:
         write_durably(folder / INDEX_NAME, plan.layout.index)
-    first = plan.checkpoints[0]
-    if first.folder is not None:
-        dtype = None if recipe.dtype is None else parse_float_dtype(recipe.dtype)
-        picked = (first.layers, first.layers_before) if isinstance(first, SlicedCheckpoint) else (None, 0)
-        copy_companions(first.folder, folder, dtype=dtype, layers=picked[0], layers_before=picked[1])
+    copy_companions(plan.checkpoints[0], folder, dtype=recipe.dtype)

@@ -12,12 +12,13 @@ import time
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.methods.catalogue import METHODS
 from streamsoup.units import format_binary, format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.execution import Execution, SoupResult
     from streamsoup.plan import Plan
-    from streamsoup.recipe import Recipe
+    from streamsoup.recipe import Ingredient, Recipe
 
 _EXAMPLES = """\
 examples:
@@ -269,6 +270,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe:
         if args.ingredients:
             raise UsageError("Give checkpoints or --recipe, not both.")
+        if args.importance:
+            raise UsageError("With --recipe, importances stand in the file, beside their checkpoints.")
         recipe: Recipe = dataclasses.replace(read_recipe(args.recipe), **options)
         return dataclasses.replace(recipe, normalize=False) if args.coefficients else recipe
     if not args.ingredients:
@@ -343,7 +346,7 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
         return
     print(f"{recipe.label} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
     roles = [] if recipe.base is None else ["base"]
-    roles += [f"weight {i.weight:g}" for i in recipe.ingredients]
+    roles += [_role(recipe, i) for i in recipe.ingredients]
     for number, (role, checkpoint) in enumerate(zip_longest(roles, plan.checkpoints), 1 - (recipe.base is not None)):
         size = format_bytes(int(checkpoint.table.nbytes.sum()))
         dtypes = "+".join(sorted({checkpoint.table.dtype(t).name for t in range(len(checkpoint.table))}))
@@ -368,6 +371,12 @@ def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, arg
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")
+
+
+def _role(recipe: Recipe, ingredient: Ingredient) -> str:
+    if "weight" in ingredient.parameters or "weight" in recipe.parameters:
+        return "weight by rule"
+    return f"weight {ingredient.weight:g}" if "weight" in METHODS[recipe.method].each else "ingredient"
 
 
 def _reading(plan: Plan) -> str:

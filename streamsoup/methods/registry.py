@@ -132,5 +132,7 @@ def make_method(given: Given) -> Method:
         wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         beside = " beside the base" if given.has_base else ""
         raise RecipeError(f"Method {given.name} takes {wanted} ingredient(s){beside}, not {count}.")
+    if "weight" not in entry.each and any(weight != 1.0 for weight in given.weights):
+        raise RecipeError(f"Method {given.name} takes no weights. Leave them out.")
     given.parameters.check(entry.shared, entry.each, given.name)
     return _MAKERS[given.name](given)
