@@ -159,6 +159,30 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def markdown(figures: dict[str, Any]) -> list[str]:
+    """Lines for the README: a row for each method."""
+    gb = figures["checkpoint_bytes"] / 1e9
+    lines = [
+        f"The same recipes through mergekit {figures['versions']['mergekit']}: {figures['preset']}, {gb:.2f} GB a "
+        f"checkpoint, warm; {figures['dtypes']}; whole processes, neither waits for the disk. The checkpoints differ by "
+        "whole ulps, so many differences have one size: of those at a threshold, ties and sce keep all.",
+        "",
+        "| method, checkpoints | ours | mergekit | times | agreement |",
+        "|---|---|---|---|---|",
+    ]
+    for case in figures["cases"]:
+        ours, theirs = (case["tools"][tool] for tool in ("ours", "mergekit"))
+        cells = [
+            f"{found['process_seconds']['median']:.1f} s, {found['owned_bytes'] / 2**20:.0f} MiB"
+            for found in (ours, theirs)
+        ]
+        times = theirs["process_seconds"]["median"] / ours["process_seconds"]["median"]
+        lines.append(
+            f"| {case['method']}, {case['checkpoints']} | {cells[0]} | {cells[1]} | {times:.1f} | {_agreement(case)} |"
+        )
+    return lines
+
+
 def _agreement(case: dict[str, Any]) -> str:
     if case["random"]:
         moved = case["share_moved"]
