@@ -164,8 +164,8 @@ def markdown(figures: dict[str, Any]) -> list[str]:
     gb = figures["checkpoint_bytes"] / 1e9
     lines = [
         f"The same recipes through mergekit {figures['versions']['mergekit']}: {figures['preset']}, {gb:.2f} GB a "
-        f"checkpoint, warm; {figures['dtypes']}; whole processes, neither waits for the disk. The checkpoints differ by "
-        "whole ulps, so many differences have one size: of those at a threshold, ties and sce keep all.",
+        f"checkpoint, warm; {figures['dtypes']}; whole processes, neither waits for the disk. The checkpoints differ "
+        "by whole ulps, so many differences have one size: of those at a threshold, ties and sce keep all.",
         "",
         "| method, checkpoints | ours | mergekit | times | agreement |",
         "|---|---|---|---|---|",

@@ -31,7 +31,8 @@ from streamsoup.measurement import held_bytes
 from streamsoup.methods.base import MethodBase
 from streamsoup.methods.protocol import Coefficients, TensorInfo
 from streamsoup.outcome import Outcome, Progress
-from streamsoup.plan import MOST_MEASURED, Plan, make_plan, tensor_bytes
+from streamsoup.plan import MOST_MEASURED, Plan
+from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.read import choose_mode, open_sources
 from streamsoup.sinks import Nowhere
 from streamsoup.units import parse_bytes

@@ -27,7 +27,8 @@ from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.registry import Given, make_method
 from streamsoup.methods.selected import select
 from streamsoup.outcome import Progress
-from streamsoup.plan import Plan, make_plan, tensor_bytes
+from streamsoup.plan import Plan
+from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.read import choose_mode
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
 from streamsoup.units import parse_bytes

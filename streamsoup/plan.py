@@ -1,8 +1,4 @@
-"""From ingredients, a method and a budget to a plan: pure functions that read nothing but headers.
-
-Executing a plan cannot discover a missing tensor, an unequal shape or a file that does not fit: all that is
-refused here.
-"""
+"""What will be done, settled before anything is read. Plans are made by `streamsoup.planner`."""
 
 from __future__ import annotations
 
@@ -14,18 +10,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.align import Alignment, align
-from streamsoup.asked import Asked
+from streamsoup.align import Alignment
 from streamsoup.checkpoints import Checkpoint, TensorTable
-from streamsoup.dtypes import DTYPES, DType, parse_float_dtype
-from streamsoup.errors import RecipeError
-from streamsoup.layout import Layout, lay_out
-from streamsoup.measurement import held_bytes
+from streamsoup.dtypes import DTYPES, DType
+from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients, Linear, Method
 from streamsoup.methods.depth import depths
 from streamsoup.methods.protocol import TensorInfo
-from streamsoup.recipe import DEFAULT_SHARD_BYTES
-from streamsoup.tiling import BLOCK_ELEMENTS, TileNeeds, Tiling, choose_tiling, piece_bytes, row_unit
+from streamsoup.tiling import TileNeeds, Tiling, row_unit
 
 _WIDE = np.array([d.is_wide for d in DTYPES])
 _WIDE_LEAST = 2.0**-400
@@ -274,32 +266,6 @@ class Plan:
             yield from self.tiles_of(tensor, (done or {}).get(tensor, ()))
 
 
-def tensor_bytes(checkpoints: Sequence[Checkpoint]) -> float:
-    """Bytes of an average tensor, in all of these checkpoints together."""
-    table = checkpoints[0].table
-    sizes = sum(float(_ITEMSIZE[c.table.dtypes].mean()) if len(c.table) else 0.0 for c in checkpoints)
-    return sizes * float(table.elements.mean()) if len(table) else 0.0
-
-
-def _refuse_extreme(plan: Plan) -> None:
-    """Refuse what double-double arithmetic, which scales large numbers, was not proved for."""
-    previous = None
-    checkpoints = plan.checkpoints
-    for tensor in plan.averaged if plan.method.fixed else ():
-        numbers = plan.numbers(tensor)
-        if numbers is previous:  # mostly the same object for every tensor
-            continue
-        previous = numbers
-        for number, where in [
-            *((w, c.path) for w, c in zip(numbers.weights, checkpoints, strict=True)),
-            (numbers.divisor[0], "their sum"),
-        ]:
-            if number and not _WIDE_LEAST <= abs(number) <= 1 / _WIDE_LEAST:
-                raise RecipeError(
-                    f"{where}: weight {number:g}; with float64 tensors they lie between 2^-400 and 2^400. Scale them."
-                )
-
-
 def _gaps(elements: int, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     position = 0
     for start, length in sorted(done):
@@ -308,127 +274,3 @@ def _gaps(elements: int, done: Sequence[tuple[int, int]]) -> Iterator[tuple[int,
         position = max(position, start + length)
     if position < elements:
         yield position, elements
-
-
-def make_plan(
-    checkpoints: Sequence[Checkpoint],
-    method: Method,
-    *,
-    dtype: str | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    file_name: str | None = None,
-    out_dtypes: npt.NDArray[np.uint8] | None = None,
-    layout: Layout | None = None,
-    budget_bytes: int,
-    workers: int,
-    staged: bool,
-    ahead: bool = False,
-    reserved_bytes: int = 0,
-    buffer_itemsize: int = 0,
-    touched: Sequence[tuple[str, int]] = (),
-) -> Plan:
-    """Plan a soup.
-
-    Parameters
-    ----------
-    checkpoints : sequence of Checkpoint
-        The first gives names, order and (unless `dtype` is given) output dtypes.
-    method : Method
-    dtype : str, optional
-        Float dtype of the output.
-    shard_bytes : int
-        Largest output shard.
-    file_name : str, optional
-        Write a single file of this name.
-    out_dtypes : uint8 array, shape (tensors,), optional
-        Output dtypes, instead of the first checkpoint's and `dtype`.
-    layout : Layout, optional
-        Of an earlier plan, instead of a new one.
-    budget_bytes : int
-        What the engine may own.
-    workers : int
-        Most threads.
-    staged : bool
-        Whether ingredients are read into buffers.
-    ahead : bool
-        Whether what is mapped is read ahead.
-    reserved_bytes : int
-        What of the budget is taken already.
-    buffer_itemsize : int
-        See `TileNeeds`; not needed where ingredients are read into buffers anyway.
-    touched : sequence of (str, int)
-        Rules by name, and how many tensors each fits.
-
-    Raises
-    ------
-    MismatchError, BudgetError
-
-    Notes
-    -----
-    Memory: packed arrays, at most 64 bytes an ingredient and tensor.
-    """
-    alignment = align(checkpoints)
-    table = alignment.table
-    if out_dtypes is None:
-        out_dtypes = table.dtypes.copy()
-        if dtype is not None:
-            out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
-    if layout is None:
-        metadata = {**checkpoints[0].metadata, "format": "pt"}
-        layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
-    in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
-    wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
-    held = _held_bytes(method, table, out_dtypes, len(checkpoints))
-    needs = TileNeeds(
-        ingredients=len(checkpoints),
-        in_itemsize=int(_ITEMSIZE[list(in_dtypes)].max(initial=1)),
-        out_itemsize=int(_ITEMSIZE[out_dtypes].max(initial=1)),
-        staged=staged,
-        ahead=ahead,
-        reserved_bytes=reserved_bytes,
-        buffer_itemsize=0 if staged else buffer_itemsize,
-        largest_elements=int(table.elements.max(initial=0)),
-        held_bytes=held,
-        least_elements=_least_elements(method, table, out_dtypes),
-        groupable=not wide and method.fixed,
-    )
-    tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
-    plan = Plan(
-        tuple(checkpoints),
-        method,
-        alignment,
-        out_dtypes,
-        layout,
-        needs,
-        budget_bytes,
-        tiling,
-        staged,
-        ahead,
-        tuple(touched),
-    )
-    if wide:
-        _refuse_extreme(plan)
-    if not method.fixed:
-        for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
-            Asked(method.merge(plan.info(tensor), None))
-    return plan
-
-
-def _held_bytes(method: Method, table: TensorTable, out_dtypes: npt.NDArray[np.uint8], checkpoints: int) -> int:
-    """Bytes that a worker holds beside its tile: pieces, and measurements of the tensors that are under way."""
-    if method.fixed:
-        return 0
-    measures = method.sweeps + method.whole_sweeps > 1
-    widest = 0
-    if method.by_row:
-        infos = [TensorInfo("", table.shape(t)) for t in np.flatnonzero(_FLOAT[out_dtypes]).tolist()]
-        widest = max((row_unit(t) if measures else t.width for t in infos), default=0)
-    return piece_bytes(checkpoints, widest) + measures * (1 + MOST_MEASURED) * held_bytes(checkpoints)
-
-
-def _least_elements(method: Method, table: TensorTable, out_dtypes: npt.NDArray[np.uint8]) -> int:
-    if not method.by_row:
-        return 0
-    averaged = np.flatnonzero(_FLOAT[out_dtypes]).tolist()
-    whole = -(-table.elements // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
-    return max((min(row_unit(TensorInfo("", table.shape(t))), int(whole[t])) for t in averaged), default=0)

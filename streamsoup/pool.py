@@ -21,7 +21,8 @@ from streamsoup.layout import Layout
 from streamsoup.merging import reduce_all
 from streamsoup.methods import Coefficients, Linear
 from streamsoup.outcome import Outcome, Progress
-from streamsoup.plan import Plan, make_plan, tensor_bytes
+from streamsoup.plan import Plan
+from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.read import Source, choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.units import parse_bytes

@@ -19,7 +19,8 @@ from streamsoup.errors import BudgetError
 from streamsoup.execution import Execution
 from streamsoup.methods import linear
 from streamsoup.outcome import Outcome
-from streamsoup.plan import Plan, make_plan
+from streamsoup.plan import Plan
+from streamsoup.planner import make_plan
 from streamsoup.read import open_sources
 from streamsoup.recipe import make_recipe
 from streamsoup.tiling import BLOCK_ELEMENTS, slot_bytes

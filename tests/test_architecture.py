@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 FLOORS = """
     _version errors units dtypes kernels maps open_files threads
     files recipe checkpoints methods measurement asked tiling budget journal score rules
-    align layout plan manifest mergekit_settings from_mergekit_config
+    align layout plan planner manifest mergekit_settings from_mergekit_config
     windows read write backends companions outcome
     tile_queue engine sinks merging
     findings workspace execution side_files recheck

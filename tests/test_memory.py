@@ -15,7 +15,7 @@ from simmer import least_budget
 import streamsoup
 from streamsoup.checkpoints import open_checkpoints
 from streamsoup.methods import linear
-from streamsoup.plan import make_plan
+from streamsoup.planner import make_plan
 
 DRIVER = Path(__file__).resolve().parent / "memory_driver.py"
 MIB = 1 << 20

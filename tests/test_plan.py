@@ -13,7 +13,7 @@ from simmer import plan_for
 
 from streamsoup.checkpoints import open_checkpoints
 from streamsoup.methods import linear
-from streamsoup.plan import make_plan
+from streamsoup.planner import make_plan
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 

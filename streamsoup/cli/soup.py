@@ -9,16 +9,14 @@ import logging
 import os
 import sys
 import time
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.methods.catalogue import METHODS
-from streamsoup.units import format_binary, format_bytes, format_count, format_seconds, parse_bytes
+from streamsoup.cli.printing import print_plan, print_result
+from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.execution import Execution, SoupResult
-    from streamsoup.plan import Plan
-    from streamsoup.recipe import Ingredient, Recipe
+    from streamsoup.recipe import Recipe
 
 _EXAMPLES = """\
 examples:
@@ -174,14 +172,14 @@ def run(args: argparse.Namespace) -> int:
             recipe = args.recipe_of(args)
             if args.dry_run:
                 plan, mode = plan_soup(recipe, args.output, execution)
-                _print_plan(plan, recipe, mode, execution, args)
+                print_plan(plan, recipe, mode, execution, args)
                 return 0
             if not args.output:
                 raise UsageError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
             if bool(args.sweep) != bool(args.score):
                 raise UsageError("--sweep and --score belong together: each value's soup is scored by the command.")
             result = _sweep(recipe, execution, args) if args.sweep else cook(recipe, args.output, execution)
-    _print_result(result, args)
+    print_result(result, args)
     return 0
 
 
@@ -315,95 +313,3 @@ def _split_weight(text: str) -> tuple[str, float | None]:
         return path, float(number)
     except ValueError:
         return text, None
-
-
-def _print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, args: argparse.Namespace) -> None:
-    copied = sum(not plan.is_averaged(t) for t in range(len(plan.table)))
-    tiling = plan.tiling
-    facts: dict[str, Any] = {
-        "method": recipe.label,
-        "ingredients": [{"path": i.path, "weight": i.weight} for i in recipe.ingredients],
-        "base": recipe.base,
-        "rules": [{"rule": rule, "tensors": count} for rule, count in plan.touched],
-        "sweeps": plan.method.sweeps + plan.method.whole_sweeps,
-        "tensors": len(plan.table),
-        "copied_tensors": copied,
-        "parameters": plan.parameters,
-        "bytes_to_read": plan.bytes_to_read,
-        "bytes_to_write": plan.bytes_to_write,
-        "shards": len(plan.layout.shards),
-        "tile_elements": tiling.tile_elements,
-        "group": tiling.group,
-        "threads": tiling.workers,
-        "projected_peak_bytes": plan.projected_peak_bytes,
-        "metadata_bytes": plan.metadata_bytes,
-        "budget_bytes": plan.budget_bytes,
-        "read_mode": mode,
-        "device": execution.device,
-    }
-    if args.json:
-        print(json.dumps(facts))
-        return
-    print(f"{recipe.label} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
-    roles = [] if recipe.base is None else ["base"]
-    roles += [_role(recipe, i) for i in recipe.ingredients]
-    for number, (role, checkpoint) in enumerate(zip_longest(roles, plan.checkpoints), 1 - (recipe.base is not None)):
-        size = format_bytes(int(checkpoint.table.nbytes.sum()))
-        dtypes = "+".join(sorted({checkpoint.table.dtype(t).name for t in range(len(checkpoint.table))}))
-        print(f"  {number or '':>3}  {checkpoint.path}  {role or 'importance'}, {size}, {dtypes}")
-    groups = "" if tiling.group == len(plan.checkpoints) else f", {tiling.group} ingredients at a time"
-    sweeps = plan.method.sweeps + plan.method.whole_sweeps
-    rows = [
-        ("tensors", f"{len(plan.table):,} ({copied:,} copied)"),
-        ("parameters", format_count(plan.parameters)),
-        ("read", f"{format_bytes(plan.bytes_to_read)}, {_reading(plan)} ({_READ_WORDS[mode]})"),
-        *([("sweeps", f"{sweeps} (to measure, then to combine)")] if sweeps > 1 else []),
-        *[("rule", f"{rule} ({count:,} tensors)") for rule, count in plan.touched],
-        ("write", f"{format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s)"),
-        ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
-        (
-            "tile",
-            f"{tiling.tile_elements:,} elements{groups}, {tiling.workers} thread(s) on {execution.device}",
-        ),
-        ("budget", format_binary(plan.budget_bytes)),
-        ("peak memory", f"{format_binary(plan.projected_peak_bytes)} projected"),
-        ("plan", f"{format_binary(plan.metadata_bytes)} for names, places and digests"),
-    ]
-    for label, text in rows:
-        print(f"  {label:<12} {text}")
-
-
-def _role(recipe: Recipe, ingredient: Ingredient) -> str:
-    if "weight" in ingredient.parameters or "weight" in recipe.parameters:
-        return "weight by rule"
-    return f"weight {ingredient.weight:g}" if "weight" in METHODS[recipe.method].each else "ingredient"
-
-
-def _reading(plan: Plan) -> str:
-    once = sum(int(c.table.nbytes.sum()) for c in plan.checkpoints)
-    return "once" if plan.bytes_to_read == once else f"{plan.bytes_to_read / once:.3g} times over"
-
-
-_READ_WORDS = {"map": "mapped files", "ahead": "mapped files, read ahead", "plain": "plain reads"}
-
-
-def _print_result(result: SoupResult, args: argparse.Namespace) -> None:
-    if args.json:
-        document = {
-            **dataclasses.asdict(result),
-            "path": str(result.path),
-            "gb_per_s": result.gb_per_s,
-        }
-        print(json.dumps(document))
-        return
-    if args.quiet:
-        return
-    for note in result.notes:
-        print(f"note: {note}")
-    print(
-        f"{result.path}: {result.ingredients} checkpoints, {format_count(result.parameters)} parameters\n"
-        f"  read {format_bytes(result.bytes_read)}, wrote {format_bytes(result.bytes_written)} in "
-        f"{format_seconds(result.seconds)} ({result.gb_per_s:.3g} GB/s), limited by {result.limited_by}\n"
-        f"  peak memory {format_binary(result.measured_peak_bytes)} "
-        f"(projected {format_binary(result.projected_peak_bytes)})"
-    )
