@@ -180,7 +180,7 @@ def plan_soup(
     method = method_of(recipe)
     checkpoints = open_checkpoints(recipe.checkpoints)
     names = checkpoints[0].table.names
-    method, touched = select(method, recipe.include, recipe.exclude, names, len(checkpoints))
+    method, touched = select(method, recipe.include, recipe.exclude, names)
     touched = [*touched, *parameters_of(recipe).touched(names)]
     mode = choose_mode(checkpoints, execution.read_mode)
     plan = make_plan(

@@ -43,7 +43,10 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
         f"{names[tensor]}: {count:,} NaN or infinite element(s) in {plan.checkpoints[ingredient].path}."
         for (ingredient, tensor), count in sorted(outcome.nonfinite.items())
     ]
+    spoilt = set() if plan.method.fixed else {tensor for _, tensor in outcome.nonfinite}
     for tensor, count in sorted(outcome.overflowed.items()):
+        if tensor in spoilt:  # what was measured of it is NaN, and so is all that follows
+            continue
         dtype = plan.out_dtype(tensor).torch_name or "a running sum"
         found.append(f"{names[tensor]}: {count:,} element(s) of the soup are too large for {dtype}.")
     if found and nonfinite == "error":

@@ -38,7 +38,7 @@ def _reduce_batch(
     # What lies in one tile is measured by the worker that has it, at once; but not what an earlier run did a part of.
     several = [t for t in batch if done.get(t) or not plan.is_one_tile(t)]
     asked = {t: Asked(plan.method.merge(plan.info(t), engine.known)) for t in several}
-    kept = not plan.staged and all(plan.is_kept(t) for t in several)
+    kept = not plan.staged and all(plan.bytes_of(t) <= plan.budget_bytes for t in several)
     swept = False
     while wanting := [t for t in several if asked[t].wants]:
         engine.measure(

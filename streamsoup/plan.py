@@ -83,7 +83,8 @@ class Plan:
     @cached_property
     def bytes_to_sweep(self) -> int:
         """Bytes that will be gone through, from the disk or from the cache."""
-        return self._bytes(lambda _: self.method.sweeps + self.method.whole_sweeps)
+        sweeps = self.method.sweeps + self.method.whole_sweeps
+        return self._bytes(lambda t: sweeps if self.method.takes(self.table.names[t]) else 1)
 
     def _bytes(self, times: Callable[[int], int]) -> int:
         whole = sum(int(c.table.nbytes.sum()) for c in self.checkpoints)
@@ -102,6 +103,8 @@ class Plan:
 
     def readings(self, tensor: int) -> int:
         """How often a tensor is read: once where its bytes fit the budget, else at every sweep."""
+        if not self.method.takes(self.table.names[tensor]):
+            return 1
         if self.is_kept(tensor):
             return 1 + self.method.whole_sweeps
         return self.method.sweeps + self.method.whole_sweeps
@@ -110,7 +113,7 @@ class Plan:
         """Whether what one sweep read of a tensor is there for the next: in a tile, or in the page cache."""
         if self.staged:
             return self.is_one_tile(tensor)
-        return self.bytes_of(tensor) <= self.budget_bytes
+        return self.is_one_tile(tensor) or self.bytes_of(tensor) <= self.budget_bytes
 
     def is_one_tile(self, tensor: int) -> bool:
         """Whether a tile holds a whole tensor."""

@@ -108,6 +108,7 @@ def make_plan(
         buffer_itemsize=0 if staged else buffer_itemsize,
         largest_elements=int(table.elements.max(initial=0)),
         held_bytes=held,
+        whole_tensors=method.sweeps > 1,
         least_elements=_least_elements(method, table, out_dtypes),
         groupable=not wide and method.fixed,
     )
@@ -127,8 +128,10 @@ def make_plan(
     )
     if wide:
         _refuse_extreme(plan)
-    if not method.fixed:
-        for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
+    for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
+        if method.fixed:
+            plan.numbers(tensor)
+        else:
             Asked(method.merge(plan.info(tensor), None))
     return plan
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
+from streamsoup.methods.parameters import plain
 from streamsoup.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what huggingface_hub writes
@@ -91,6 +92,17 @@ class Recipe:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_float_dtype(self.dtype).torch_name)
         object.__setattr__(self, "shard_bytes", parse_bytes(self.shard_bytes))
+        object.__setattr__(self, "parameters", {name: plain(name, s) for name, s in self.parameters.items()})
+        object.__setattr__(
+            self,
+            "ingredients",
+            tuple(
+                replace(i, parameters={name: plain(name, s) for name, s in i.parameters.items()}) if i.parameters else i
+                for i in self.ingredients
+            ),
+        )
+        if self.method in ("lawa", "swa"):
+            self._keep_latest()
         if self.method in ("uniform", "weighted"):
             if self.method == "uniform" and len({i.weight for i in self.ingredients}) > 1:
                 raise RecipeError("Method uniform takes no weights. Leave them out, or give method weighted.")
@@ -98,14 +110,34 @@ class Recipe:
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        if not self.normalize and self.method != "linear":
+            raise RecipeError(f"Coefficients are applied as given by method linear only, not by {self.method}.")
         importances = [i for i in self.ingredients if i.importance is not None]
         if len(importances) != (len(self.ingredients) if self.method == "fisher" else 0):
             raise RecipeError("importance: method fisher wants one of each ingredient, and other methods none.")
-        if not self.normalize and self.method != "linear":
-            raise RecipeError(f"Coefficients are applied as given by method linear only, not by {self.method}.")
         for ingredient in self.ingredients:
             if not math.isfinite(ingredient.weight):
                 raise RecipeError(f"{ingredient.path}: weight {ingredient.weight} is not a finite number.")
+
+    def _keep_latest(self) -> None:
+        """Turn an average of the latest checkpoints into the uniform soup of these: others need not be read."""
+        name, default = ("start", 0) if self.method == "swa" else ("window", 5)
+        number = self.parameters.get(name, default)
+        if unknown := sorted({*self.parameters} - {name}):
+            raise RecipeError(f"{unknown[0]}: method {self.method} has no such parameter. Known: {name}.")
+        if self.base is not None:
+            raise RecipeError(f"Method {self.method} takes no base. Leave it out, or name it among the ingredients.")
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise RecipeError(f"{name}: {number!r} is not a whole number.")
+        if any(i.weight != 1.0 or i.parameters for i in self.ingredients):
+            raise RecipeError(f"Method {self.method} takes no weights. Leave them out.")
+        count = len(self.ingredients)
+        first = number if self.method == "swa" else count - number
+        if not 0 <= first < count:
+            raise RecipeError(f"{count} checkpoints, but the average begins at number {first}. Change {name}.")
+        object.__setattr__(self, "ingredients", self.ingredients[first:])
+        object.__setattr__(self, "method", "linear")
+        object.__setattr__(self, "parameters", {})
 
     @property
     def checkpoints(self) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ def sliding_averages(checkpoints: Sequence[str | Path], window: int, **options: 
 
     Notes
     -----
-    Memory: a running sum, whatever the window. Each checkpoint is read when it enters and when it leaves. Source:
+    Memory: a running sum, whatever the window. Each checkpoint is read when it enters and when it leaves, and
+    again where float64 sums would keep a trace of it. Source:
     Kaddour 2022, arXiv 2209.14981 (LAWA).
     """
     paths = [str(path) for path in checkpoints]
@@ -44,7 +45,7 @@ def sliding_averages(checkpoints: Sequence[str | Path], window: int, **options: 
         for number, path in enumerate(paths):
             running.add(path)
             if number >= window:
-                running.remove(paths[number - window])
+                running.remove(paths[number - window], 1.0)
             if number >= window - 1:
                 yield running.mean()
     finally:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.checkpoints import identify, identity_to_json, open_checkpoints
-from streamsoup.cook import cook, plan_soup
+from streamsoup.cook import cook, plan_soup, resume
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import write_durably
 from streamsoup.recipe import Recipe, recipe_to_mapping, with_absolute_paths
 from streamsoup.score import read_scores
-from streamsoup.workspace import destination_of
+from streamsoup.workspace import Workspace, destination_of
 
 _NAME = "sweep.json"
 _MOST_VALUES = 1000
@@ -122,6 +122,9 @@ def sweep(
     Every soup is read from its ingredients. Source: Wortsman et al. 2021, arXiv 2109.01903, for ``alpha``.
     """
     execution = execution or Execution()
+    values = [float(value) for value in values]
+    if not values:
+        raise RecipeError("A sweep needs at least one value.")
     recipes = {value: replace(recipe, parameters={**recipe.parameters, name: value}) for value in values}
     for one in recipes.values():  # what cannot work is told of before anything is scored
         plan_soup(one, out, execution)
@@ -136,7 +139,8 @@ def sweep(
         if on_trial is not None:
             on_trial(value, book.scores[value])
     best = (min if minimize else max)(values, key=lambda value: book.scores[value])
-    soup = cook(recipes[best], out, execution)
+    begun = Workspace(destination_of(out)).exists and not execution.restart
+    soup = resume(out, execution) if begun else cook(recipes[best], out, execution)
     shutil.rmtree(folder)
     return SweepResult(name, {value: book.scores[value] for value in values}, best, soup)
 

@@ -71,6 +71,8 @@ class TileNeeds:
         Held for each worker beside the tile: what a method's functions and measurements take.
     least_elements : int
         Tiles are not smaller (but whole tensors are): for a method that must see whole rows.
+    whole_tensors : bool
+        Whether tensors are gone through several times: what is read into a buffer is read once only if a tile holds it.
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
@@ -86,6 +88,7 @@ class TileNeeds:
     buffer_itemsize: int = 0
     held_bytes: int = 0
     least_elements: int = 0
+    whole_tensors: bool = False
     groupable: bool = True
 
 
@@ -143,8 +146,8 @@ def choose_tiling(needs: TileNeeds, *, budget_bytes: int, workers: int) -> Tilin
     whole = -(-max(needs.largest_elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
     least = min(needs.least_elements, whole)
     preferences = _preferences(workers)
-    if needs.held_bytes and needs.staged:  # what is measured and then combined is read once only where a tile holds it
-        preferences = [(whole, n) for n in dict.fromkeys(n for _, n in preferences)] + preferences
+    if needs.whole_tensors and needs.staged:
+        preferences = _whole_tensors(whole, workers) + preferences
     for tile_elements, threads in preferences:
         tiling = _fit(needs, max(least, min(tile_elements, whole)), needs.ingredients, threads)
         if tiling.peak_bytes <= budget_bytes:
@@ -168,6 +171,11 @@ def _preferences(workers: int) -> list[tuple[int, int]]:
     fewer = [(k * 1024, n) for n in counts for k in (256, 128, 64)]
     small = [(k * 1024, n) for n in counts for k in (32, 16)]
     return large + fewer + small
+
+
+def _whole_tensors(whole: int, workers: int) -> list[tuple[int, int]]:
+    """Pairs of tile size and workers where buffers had better hold whole tensors, at the price of half the threads."""
+    return [(whole, n) for n in sorted({workers, max(1, workers // 2)}, reverse=True) if n > 1 or workers == 1]
 
 
 def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:

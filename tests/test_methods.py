@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
 
 import dense
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 from factory import read_checkpoint, write_checkpoint
 
 import streamsoup
+import streamsoup.cook
+import streamsoup.recipe
 from streamsoup.errors import NonFiniteError, RecipeError
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import FileSink
@@ -89,9 +93,11 @@ CASES = {
     ),
     "model_stock of rows": (
         "model_stock", 3, True, {"filter_wise": True},
-        lambda t, n: dense.by_row(
-            lambda *rows: dense.model_stock(rows[0], rows[1:], "pairs"), *(x[n] for x in t)
-        ),
+        lambda t, n: dense.by_row(lambda *rows: dense.model_stock(rows[0], rows[1:], "moments"), *(x[n] for x in t)),
+    ),
+    "model_stock of rows, pairs": (
+        "model_stock", 3, True, {"filter_wise": True, "cosine": "pairs"},
+        lambda t, n: dense.by_row(lambda *rows: dense.model_stock(rows[0], rows[1:], "pairs"), *(x[n] for x in t)),
     ),
     "task_arithmetic": (
         "task_arithmetic", 3, True, {"lambda": 0.7},
@@ -130,7 +136,13 @@ CASES = {
 def _tiles(request, monkeypatch):
     """Each tensor in one tile, and tensors in many."""
     if request.param == "tiles":
-        monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(8 * BLOCK_ELEMENTS, workers)])
+        small_tiles(monkeypatch, 8)
+
+
+def small_tiles(patch, blocks):
+    """Tiles of some blocks, where the method does not want whole rows."""
+    patch.setattr("streamsoup.tiling._preferences", lambda workers: [(blocks * BLOCK_ELEMENTS, workers)])
+    patch.setattr("streamsoup.tiling._whole_tensors", lambda whole, workers: [])
 
 
 @pytest.mark.usefixtures("_tiles")
@@ -183,7 +195,7 @@ def test_bits_do_not_depend_on_tiles_threads_reading_or_device(tmp_path, runs, m
     found = []
     for number, (mode, workers, device, blocks) in enumerate(WAYS):
         with monkeypatch.context() as patch:
-            patch.setattr("streamsoup.tiling._preferences", lambda n, b=blocks: [(b * BLOCK_ELEMENTS, n)])
+            small_tiles(patch, blocks)
             soup = merged(
                 tmp_path, paths[1 : 1 + count], f"way{number}", method=method, dtype="float32",
                 base=None if method in ("karcher", "geometric_median") else paths[0], parameters=EVERY_RULE[rule],
@@ -344,12 +356,12 @@ def test_gradients_and_patterns_choose_by_depth_and_name(tmp_path, runs):
         np.testing.assert_allclose(found[name], expected, rtol=1e-7, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", "ties", "sce"])
 def test_what_is_not_included_is_the_first_checkpoint_bit_for_bit(tmp_path, runs, method):
     paths, tensors = runs
-    options = {"method": "ties", "base": paths[0], "parameters": {"density": 0.2}} if method == "ties" else {}
+    options = {} if method == "linear" else {"method": method, "base": paths[0]}
     found = merged(tmp_path, paths[1:], include=["layers.*"], exclude=["*.1.*"], dtype="float32", **options)
-    first = tensors[0 if method == "ties" else 1]
+    first = tensors[0 if options else 1]
     for name in ("head.w", "one", "layers.1.w"):
         assert found[name].tobytes() == first[name].astype(np.float32).tobytes()
     for name in ("layers.0.w", "layers.2.w"):
@@ -365,6 +377,24 @@ def test_what_is_not_included_is_the_first_checkpoint_bit_for_bit(tmp_path, runs
         ({"method": "slerp"}, r"slerp takes 2 ingredient\(s\), not 3"),
         ({"method": "karcher", "parameters": {"weigth": 1}}, r"weigth: method karcher has no such parameter.*weight"),
         ({"method": "ties", "base": True, "parameters": {"density": "much"}}, r"density: 'much' is not a number"),
+        ({"method": "ties", "base": True, "parameters": {"density": 30}}, r"density: 30 is not from 0 to 1"),
+        (
+            {"method": "ties", "base": True, "parameters": {"density": [{"patern": "*", "value": 1}]}},
+            r"density: unknown key 'patern' in a condition",
+        ),
+        (
+            {"method": "ties", "base": True, "parameters": {"density": [{"pattern": "*"}]}},
+            r"is neither a number of a gradient nor a condition with 'value'",
+        ),
+        (
+            {"method": "ties", "base": True, "parameters": {"density": [0.1, 0.2], "scope": "model"}},
+            r"with scope model it is one number",
+        ),
+        ({"method": "karcher", "weights": [1, -2, 1]}, r"karcher divides by the sum of the weights .* which cancel"),
+        ({"method": "sce", "base": True, "weights": [1, 2, 1]}, r"sce takes no weights"),
+        ({"weights": [1, 2, 1], "parameters": {"weight": 1}}, r"for all ingredients and for each"),
+        ({"method": "ema", "parameters": {"decay": 2}}, r"decay: 2 is not in \[0, 1\)"),
+        ({"method": "dare_ties", "base": True, "parameters": {"seed": "x"}}, r"seed: 'x' is not a number"),
         ({"method": "ties", "base": True, "parameters": {"scope": "row"}}, r"scope: 'row' is not one of tensor, model"),
         ({"method": "della", "base": True, "parameters": {"density": 0.1}}, r"epsilon: 0.15 beside a density of 0.1"),
         ({"include": ["layer.*"]}, r"include layer\.\*: no tensor has such a name"),
@@ -443,7 +473,7 @@ def test_an_interrupted_merge_goes_on_to_the_same_bits(tmp_path, runs, monkeypat
             write(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr("streamsoup.tiling._preferences", lambda n: [(8 * BLOCK_ELEMENTS, 1)])
+            small_tiles(patch, 8)
             patch.setattr(FileSink, "write", failing)
             with pytest.raises(KeyboardInterrupt):
                 streamsoup.soup(paths[1:], out, method=method, **options)
@@ -460,3 +490,62 @@ def test_each_byte_is_read_once_where_a_tensor_fits_the_budget(tmp_path, runs):
     size = sum(int(np.prod(shape)) * 4 for shape in SHAPES.values()) + 3 * 8
     assert result.bytes_read == 4 * size
     assert result.bytes_written == size
+
+
+@pytest.mark.parametrize("nonfinite", ["allow", "error"])
+def test_what_is_not_included_stays_whatever_the_others_have_there(tmp_path, nonfinite):
+    first = np.array([-0.0, 0.0, 1.0, -2.0], np.float32)
+    other = np.array([1.0, -0.0, np.nan if nonfinite == "allow" else 3.0, 5.0], np.float32)
+    paths = [
+        str(write_checkpoint(tmp_path / f"in{i}", {"a.w": t, "b.w": np.ones(3, np.float32)}))
+        for i, t in enumerate((first, other))
+    ]
+    found = merged(tmp_path, paths, include=["b.*"], nonfinite=nonfinite, dtype=None)
+    assert found["a.w"].tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "ties", "model_stock"])
+def test_a_plan_has_the_same_fingerprint_in_every_process(runs, method):
+    """Else nothing could be resumed: a function's repr, say, has its address."""
+    paths, _ = runs
+    base = repr(paths[0]) if method in ("ties", "model_stock") else None
+    code = (
+        "from streamsoup.cook import plan_soup; from streamsoup.execution import Execution\n"
+        "from streamsoup.recipe import make_recipe\n"
+        f"recipe = make_recipe({paths[1:3]}, method={method!r}, base={base})\n"
+        "print(plan_soup(recipe, None, Execution())[0].fingerprint)"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "12"
+    }
+    assert len(found) == 1
+    assert len(found.pop().strip()) == 32
+
+
+def test_numbers_of_numpy_and_exponents_of_yaml_are_numbers_in_a_recipe(tmp_path, runs):
+    paths, _ = runs
+    parameters = {"max_iter": np.int64(7), "tol": "1e-7"}
+    recipe = streamsoup.recipe.make_recipe(paths[1:], method="karcher", parameters=parameters)
+    assert recipe.parameters == {"max_iter": 7, "tol": 1e-7}
+    assert isinstance(recipe.parameters["max_iter"], int)
+    streamsoup.soup(paths[1:], tmp_path / "soup", method="karcher", parameters=parameters)
+    assert streamsoup.read_recipe(tmp_path / "soup" / "recipe.yaml").parameters == recipe.parameters
+
+
+@pytest.mark.parametrize("method", ["ties", "sce", "dare_linear", "model_stock", "karcher"])
+@pytest.mark.parametrize("mode", ["map", "plain"])
+def test_the_plan_says_how_many_bytes_will_be_read(tmp_path, runs, monkeypatch, method, mode):
+    paths, _ = runs
+    small_tiles(monkeypatch, 8)
+    parameters = {"ties": {"density": 0.3}, "sce": {"select_topk": 0.3}, "dare_linear": {"density": 0.3}}.get(
+        method, {}
+    )
+    # Of a tensor with one element nothing need be searched.
+    options = {"method": method, "base": None if method == "karcher" else paths[0], "parameters": parameters}
+    options["exclude"] = ["one"]
+    execution = streamsoup.Execution(read_mode=mode)
+    plan, _ = streamsoup.plan_soup(streamsoup.recipe.make_recipe(paths[1:], **options), None, execution)
+    seen = []
+    result = streamsoup.soup(paths[1:], tmp_path / "soup", read_mode=mode, progress=seen.append, **options)
+    assert result.bytes_read == plan.bytes_to_read
+    assert seen[-1].done_bytes == seen[-1].total_bytes == plan.bytes_to_sweep

@@ -9,6 +9,7 @@ import pytest
 from factory import read_checkpoint, write_checkpoint
 
 import streamsoup
+import streamsoup.sweeping
 from streamsoup.errors import RecipeError, ResumeError, ScoreError
 from streamsoup.recipe import make_recipe
 from streamsoup.sweeping import parse_sweep
@@ -88,6 +89,31 @@ def test_sliding_averages_are_the_soups_of_their_checkpoints(tmp_path, runs, win
         streamsoup.soup(runs[first : first + window], tmp_path / f"soup{first}")
         assert found == read_checkpoint(tmp_path / f"soup{first}")["w"].tobytes()
     assert first == len(runs) - window
+
+
+def test_a_checkpoint_may_be_named_twice(tmp_path, runs):
+    *_, last = streamsoup.sliding_averages([runs[1], runs[2], runs[1]], 2)
+    found = last.tensors()["w"].numpy().tobytes()
+    streamsoup.soup([runs[1], runs[2]], tmp_path / "soup")
+    assert found == read_checkpoint(tmp_path / "soup")["w"].tobytes()
+
+
+def test_the_same_call_goes_on_after_the_last_soup_was_interrupted(tmp_path, runs, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = streamsoup.sweeping.cook
+
+        def failing(recipe, out, execution):
+            if "candidate" not in str(out):
+                patch.setattr("streamsoup.making.write_side_files", lambda *a, **k: 1 / 0)
+            return original(recipe, out, execution)
+
+        patch.setattr(streamsoup.sweeping, "cook", failing)
+        with pytest.raises(ZeroDivisionError):
+            streamsoup.sweep(recipe_of(runs), tmp_path / "soup", lambda t: t.value, values=[0.0, 1.0])
+    found = streamsoup.sweep(recipe_of(runs), tmp_path / "soup", lambda t: 1 / 0, values=[0.0, 1.0])
+    assert found.best == 1.0
+    assert (tmp_path / "soup").exists()
+    assert not (tmp_path / "soup.work").exists()
 
 
 def test_a_window_longer_than_the_run_is_refused(runs):

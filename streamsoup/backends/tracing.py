@@ -48,7 +48,8 @@ class Noted:
                 raise IndexError(which)
             return Noted(self.notes, self.source, self.first + which % self.height, 1)
         start, stop, step = which.indices(self.height)
-        assert step == 1
+        if step != 1:
+            raise TypeError("rows are taken one after the other")
         return Noted(self.notes, self.source, self.first + start, max(0, stop - start))
 
     def __iter__(self) -> Iterator[Noted]:
@@ -79,7 +80,8 @@ class Noted:
         return self.notes.make(Op.DIVIDE, other, self)
 
     def __pow__(self, power: int) -> Noted:
-        assert power == 2
+        if power != 2:
+            raise TypeError(f"power {power}: only squares are known; see Values.sqrt and Values.apply")
         return self * self
 
     def __abs__(self) -> Noted:
@@ -105,6 +107,12 @@ class Noted:
 
     def __eq__(self, other: object) -> Noted:  # type: ignore[override]
         return self.notes.make(Op.EQUAL, self, other)
+
+    def __ne__(self, other: object) -> Noted:  # type: ignore[override]
+        return ~self.notes.make(Op.EQUAL, self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError("whether elements are true is not known here: use where, & and |")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -154,7 +162,14 @@ class Notes:
     def make(self, op: Op, *operands: Any) -> Noted:
         """Note an instruction; numbers become constants."""
         found = tuple(o if isinstance(o, Noted) else self.column((float(o),)) for o in operands)
-        return self._noted(Instruction(op, max(o.height for o in found), found))
+        height = max(o.height for o in found)
+        if any(o.height not in (1, height) for o in found):
+            raise TypeError(f"arrays of {' and '.join(str(o.height) for o in found)} rows do not fit together")
+        return self._noted(Instruction(op, height, found))
+
+    def number(self, value: float) -> Noted:
+        """See `Values`."""
+        return self.column((value,))
 
     def column(self, numbers: tuple[float, ...]) -> Noted:
         """See `Values`."""
@@ -255,11 +270,13 @@ class Program:
         What is computed outside of the machine: from which rows, and how.
     last : Code
     keys : uint64 array, shape (streams,)
+    outside_rows : int
     """
 
     stages: tuple[tuple[Code, Callable[[Numbers], Numbers]], ...]
     last: Code
     keys: npt.NDArray[np.uint64]
+    outside_rows: int
 
     def to_rows(self, stretch: Stretch) -> tuple[Numbers, npt.NDArray[np.int64]]:
         """See `streamsoup.kernels.vector_machine.to_rows`."""
@@ -281,11 +298,14 @@ class Program:
 
     def _outside(self, stretch: Stretch) -> Numbers:
         """Compute what is not for the machine; each may want what was computed before."""
-        found = np.empty((0, stretch.count))
+        found = np.empty((self.outside_rows, stretch.count))
+        done = 0
         with np.errstate(all="ignore"):
             for code, function in self.stages:
                 operand, _ = to_rows(code, stretch, self.keys, found)
-                found = np.concatenate([found, function(operand)])
+                rows = function(operand)
+                found[done : done + len(rows)] = rows
+                done += len(rows)
         return found
 
 
@@ -303,7 +323,7 @@ def trace(function: Callable[[Any], Any], tensor: TensorInfo, checkpoints: int) 
     notes = Notes(tensor, checkpoints)
     result = function(notes)
     stages = tuple((_compile(operand), outside) for operand, outside in notes.outside)
-    return Program(stages, _compile(result), np.array(notes.keys, np.uint64))
+    return Program(stages, _compile(result), np.array(notes.keys, np.uint64), notes.outside_rows)
 
 
 def _compile(result: Noted) -> Code:

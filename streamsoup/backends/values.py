@@ -37,6 +37,10 @@ class TorchValues:
         """See `Values`."""
         return array.sign()
 
+    def number(self, value: float) -> Array:
+        """See `Values`."""
+        return torch.full((), value, dtype=torch.float64, device=self.rows.device)
+
     def column(self, numbers: tuple[float, ...]) -> Array:
         """See `Values`."""
         return torch.tensor(numbers, dtype=torch.float64, device=self.rows.device)[:, None]

@@ -158,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError("--resume takes everything from the interrupted run; give it alone.")
             if args.restart:
                 raise UsageError("--restart throws away the work that --resume goes on with. Give one of them.")
+            if args.sweep or args.score:
+                raise UsageError(
+                    "--resume goes on with one soup. Give the command with --sweep again to go on with it."
+                )
             if args.no_sync:
                 raise UsageError("--resume always waits for the disk. Leave --no-sync out.")
             if args.method or args.base or args.parameter or args.include or args.exclude or args.importance:
@@ -270,7 +274,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             raise UsageError("Give checkpoints or --recipe, not both.")
         if args.importance:
             raise UsageError("With --recipe, importances stand in the file, beside their checkpoints.")
-        recipe: Recipe = dataclasses.replace(read_recipe(args.recipe), **options)
+        recipe = read_recipe(args.recipe)
+        options["parameters"] = {**recipe.parameters, **options.get("parameters", {})}
+        recipe = dataclasses.replace(recipe, **options)
         return dataclasses.replace(recipe, normalize=False) if args.coefficients else recipe
     if not args.ingredients:
         raise UsageError("Name the checkpoints to average, or a recipe with --recipe.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
+from streamsoup.errors import RecipeError
 from streamsoup.methods.protocol import Measure, Merge, TensorInfo
 
 
@@ -28,3 +29,16 @@ class MethodBase:
     def merge(self, tensor: TensorInfo, known: Any) -> Merge:
         """See `Method`."""
         raise NotImplementedError
+
+
+def refuse_cancelling(method: str, weights: Sequence[float]) -> None:
+    """Refuse weights whose sum means nothing.
+
+    Raises
+    ------
+    RecipeError
+    """
+    if abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
+        raise RecipeError(
+            f"Method {method} divides by the sum of the weights {list(weights)}, which cancel. Change them."
+        )

@@ -43,6 +43,7 @@ METHODS: dict[str, Entry] = {
         "base + lambda times the sum of weight (checkpoint - base)", NEEDS_BASE, ("lambda", "normalize")
     ),
     "ema": Entry("exponential moving average in the given order", NO_BASE, ("decay",), ()),
+    # These two are the uniform soups of the latest checkpoints: see `Recipe`.
     "swa": Entry("mean of all checkpoints from number start on", NO_BASE, ("start",), ()),
     "lawa": Entry("mean of the last window checkpoints", NO_BASE, ("window",), ()),
     "passthrough": Entry("one checkpoint, scaled", NO_BASE, (), ("scale",), most=1),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from streamsoup.methods.base import MethodBase
+from streamsoup.methods.base import MethodBase, refuse_cancelling
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.protocol import Array, Elementwise, TensorInfo, Values
 
@@ -28,6 +28,7 @@ class Fisher(MethodBase):
     def merge(self, tensor: TensorInfo, known: object) -> Elementwise:
         """See `Method`."""
         numbers = self.parameters.numbers("weight", tensor, self.weights)
+        refuse_cancelling(self.name, numbers)
         count = len(numbers)
 
         def of(values: Values) -> Array:

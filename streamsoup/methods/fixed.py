@@ -1,8 +1,7 @@
 """Coefficients that depend on no number of the checkpoints; they may depend on a tensor's name and depth.
 
 Sources: Wortsman et al. 2022, arXiv 2203.05482 (soups); Wortsman et al. 2021, arXiv 2109.01903 (WiSE-FT); Ilharco et
-al. 2022, arXiv 2212.04089 (task arithmetic); Izmailov et al. 2018, arXiv 1803.05407 (SWA); Kaddour 2022, arXiv
-2209.14981 (LAWA).
+al. 2022, arXiv 2212.04089 (task arithmetic).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Fixed(MethodBase):
     weights: tuple[float, ...]
     parameters: Parameters
     normalize: bool
-    formula: Callable[[Fixed, TensorInfo], tuple[tuple[float, ...], bool]]
+    formula: Callable[[Fixed, TensorInfo], tuple[tuple[float, ...], bool]] = field(repr=False)
     _known: dict[Any, Coefficients] = field(default_factory=dict, compare=False, repr=False)
 
     fixed: ClassVar[bool] = True
@@ -92,18 +91,3 @@ def ema(method: Fixed, tensor: TensorInfo) -> tuple[tuple[float, ...], bool]:
         raise RecipeError(f"decay: {decay:g} is not in [0, 1).")
     last = len(method.weights) - 1
     return tuple((1 - decay if k else 1.0) * decay ** (last - k) for k in range(last + 1)), True
-
-
-def lawa(method: Fixed, tensor: TensorInfo) -> tuple[tuple[float, ...], bool]:
-    """The mean of the last ``window`` checkpoints; ``swa``: of all from number ``start`` (the first is 0)."""
-    count = len(method.weights)
-    if method.name == "swa":
-        first = int(method.parameters.number("start", tensor, 0))
-    else:
-        first = count - int(method.parameters.number("window", tensor, 5))
-    if not 0 <= first < count:
-        raise RecipeError(
-            f"{count} checkpoints, but the average begins at number {first}. Change "
-            f"{'start' if method.name == 'swa' else 'window'}."
-        )
-    return tuple(float(k >= first) for k in range(count)), True

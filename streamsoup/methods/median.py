@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from streamsoup.methods.base import MethodBase
+from streamsoup.methods.base import MethodBase, refuse_cancelling
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.protocol import Coefficients, Gram, Measure, Rule, TensorInfo
 
@@ -38,6 +38,7 @@ class GeometricMedian(MethodBase):
 
     def merge(self, tensor: TensorInfo, known: object) -> Generator[Measure, Any, Rule]:
         """See `Method`."""
+        refuse_cancelling(self.name, self.parameters.numbers("weight", tensor, self.weights))
         gram = yield Gram(centre=0)  # differences: fine-tunes of one network have nearly all in common
         weights = np.array(self.parameters.numbers("weight", tensor, self.weights))
         tolerance = self.parameters.number("tol", tensor, 1e-12)

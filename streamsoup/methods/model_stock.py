@@ -5,7 +5,7 @@ the result is t · mean + (1 − t) · base, for each tensor. Source: Jang et al
 
 Publications differ in which c. ``cosine: moments`` (here the default) is the ratio of expectations that the paper's
 geometry has, the mean ⟨δᵢ, δⱼ⟩ over the mean ‖δᵢ‖²: Σ‖δᵢ‖² and ‖Σδᵢ‖² tell it without a Gram matrix. ``cosine: pairs``
-is the mean of the cosines of all pairs, as mergekit has it. With ``filter_wise``, each row has its own (of pairs).
+is the mean of the cosines of all pairs, as mergekit has it. With ``filter_wise``, each row has its own.
 
 Tolerance against a dense float64 computation: t to 1e-12.
 """
@@ -33,6 +33,8 @@ from streamsoup.methods.protocol import (
     TensorInfo,
     Values,
 )
+
+_MOST_PAIRED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +83,47 @@ class FilterwiseModelStock(ModelStock):
     sweeps: ClassVar[int] = 1
     by_row: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        ModelStock.__post_init__(self)
+        if self._pairs and self.count > _MOST_PAIRED:
+            raise RecipeError(
+                f"filter_wise with the cosines of all pairs takes at most {_MOST_PAIRED} checkpoints, not "
+                f"{self.count}. Give cosine moments."
+            )
+
+    @property
+    def _pairs(self) -> bool:
+        return bool(self.parameters.word("cosine", "moments", ("moments", "pairs")) == "pairs")
+
     def merge(self, tensor: TensorInfo, known: object) -> Rule:  # type: ignore[override]
         """See `Method`."""
         count = self.count
 
         def of(values: Values) -> Array:
-            base = values.rows[0]
-            deltas = values.rows[1:] - base
-            norms = [values.sqrt(values.row_dot(delta, delta)) for delta in deltas]
-            cosines = []
-            for i, j in combinations(range(count), 2):
-                product = norms[i] * norms[j]
-                product = values.where(product > 1e-6, product, 1e-6)
-                cosines.append((values.row_dot(deltas[i], deltas[j]) / product).clip(-1, 1))
-            cosine = values.total(cosines) / len(cosines)
+            deltas = values.rows[1:] - values.rows[0]
+            cosine = _cosine_of_pairs(values, deltas) if self._pairs else _cosine_of_moments(values, deltas)
             divisor = 1 + (count - 1) * cosine
             singular = abs(divisor) < 1e-6
             t = values.where(
                 singular, 0.0 * cosine, count * cosine / values.where(singular, 1.0 + 0.0 * cosine, divisor)
             )
-            return t * (values.total(values.rows[1:]) / count) + (1 - t) * base
+            return t * (values.total(values.rows[1:]) / values.number(count)) + (1 - t) * values.rows[0]
 
         return Elementwise(of, by_row=True)
+
+
+def _cosine_of_pairs(values: Values, deltas: Array) -> Array:
+    norms = [values.sqrt(values.row_dot(delta, delta)) for delta in deltas]
+    cosines = []
+    for i, j in combinations(range(len(norms)), 2):
+        product = norms[i] * norms[j]
+        product = values.where(product > 1e-6, product, 1e-6)
+        cosines.append((values.row_dot(deltas[i], deltas[j]) / product).clip(-1, 1))
+    return values.total(cosines) / values.number(len(cosines))
+
+
+def _cosine_of_moments(values: Values, deltas: Array) -> Array:
+    together = values.total(deltas)
+    own = values.total([values.row_dot(delta, delta) for delta in deltas])
+    least = values.where(own > 0, own, 1.0 + 0.0 * own)
+    return (values.row_dot(together, together) - own) / (values.number(len(deltas) - 1) * least)

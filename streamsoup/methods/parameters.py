@@ -8,6 +8,8 @@ name, as mergekit writes it), ``{value: 0.5}`` (for all others).
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +19,17 @@ from streamsoup.errors import RecipeError
 from streamsoup.methods.protocol import TensorInfo
 
 Setting: TypeAlias = Any
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+# The least and the largest that parameters may be, where not any number will do.
+_RANGES = {
+    "density": (0.0, 1.0),
+    "gamma": (0.0, 1.0),
+    "epsilon": (0.0, 1.0),
+    "select_topk": (0.0, 1.0),
+    "tol": (0.0, math.inf),
+    "smoothing": (0.0, math.inf),
+    "max_iter": (1, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,9 @@ class Parameters:
         found = self.value(name, tensor, default, ingredient)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise RecipeError(f"{name}: {found!r} is not a number.")
+        low, high = _RANGES.get(name, (-math.inf, math.inf))
+        if not low <= found <= high:
+            raise RecipeError(f"{name}: {found:g} is not from {low:g} to {high:g}.")
         return float(found)
 
     def numbers(self, name: str, tensor: TensorInfo, defaults: Sequence[float]) -> tuple[float, ...]:
@@ -70,7 +86,7 @@ class Parameters:
         return found
 
     def check(self, shared: Sequence[str], each: Sequence[str], method: str) -> None:
-        """Refuse names that a method does not know.
+        """Refuse names that a method does not know, and settings that are none.
 
         Raises
         ------
@@ -84,6 +100,9 @@ class Parameters:
                 if name not in known:
                     said = ", ".join(sorted(known)) or "none"
                     raise RecipeError(f"{name}: method {method} has no such parameter{whose}. Known: {said}.")
+        for source in (self.shared, *self.each):
+            for name, setting in source.items():
+                _check(name, setting)
 
     def touched(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """Say of each condition how many tensors it fits.
@@ -110,6 +129,51 @@ class Parameters:
                         yield name, condition
 
 
+def plain(name: str, setting: Any) -> Setting:
+    """Make numbers, words, lists and mappings of Python of what stands for them, so that a recipe can be written.
+
+    Raises
+    ------
+    RecipeError
+    """
+    if isinstance(setting, Mapping):
+        return {str(key): plain(name, value) for key, value in setting.items()}
+    if isinstance(setting, list | tuple):
+        return [plain(name, value) for value in setting]
+    if isinstance(setting, str):
+        return float(setting) if _EXPONENT.fullmatch(setting) else setting  # YAML 1.1 takes 1e-5 for a word
+    if isinstance(setting, bool | int | float | None):
+        return setting
+    if hasattr(setting, "tolist"):  # a number or an array of numpy or torch
+        return plain(name, setting.tolist())
+    raise RecipeError(f"{name}: {setting!r} is neither a number, a word nor a list.")
+
+
+def _check(name: str, setting: Setting) -> None:
+    if isinstance(setting, Mapping):
+        raise RecipeError(f"{name}: conditions stand in a list, as in [{{pattern: ..., value: ...}}].")
+    if not isinstance(setting, list) or _is_gradient(setting):
+        return
+    if not setting:
+        raise RecipeError(f"{name}: an empty list says nothing. Give a number or conditions.")
+    for condition in setting:
+        if not isinstance(condition, Mapping) or "value" not in condition:
+            raise RecipeError(
+                f"{name}: {condition!r} is neither a number of a gradient nor a condition with 'value' and 'pattern'."
+            )
+        if unknown := sorted(set(condition) - {"value", "pattern", "filter"}):
+            raise RecipeError(f"{name}: unknown key {unknown[0]!r} in a condition. Known: filter, pattern, value.")
+        if "pattern" in condition and "filter" in condition:
+            raise RecipeError(f"{name}: a condition has a pattern or a filter, not both.")
+        if isinstance(condition["value"], list) and not _is_gradient(condition["value"]):
+            raise RecipeError(f"{name}: the value of a condition is a number, a word or a gradient of numbers.")
+
+
+def _is_gradient(setting: Setting) -> bool:
+    numbers = isinstance(setting, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in setting)
+    return bool(setting) and numbers
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a shell pattern fits a whole name."""
     return fnmatchcase(name, pattern)
@@ -127,18 +191,11 @@ def _fits(condition: Mapping[str, Any], name: str) -> bool:
 
 
 def _evaluate(name: str, setting: Setting, tensor: TensorInfo) -> Any:
-    if not isinstance(setting, list | tuple):
+    if not isinstance(setting, list):
         return setting
-    if setting and all(isinstance(value, int | float) and not isinstance(value, bool) for value in setting):
+    if _is_gradient(setting):
         scaled = tensor.depth * (len(setting) - 1)
         low = int(scaled)
         high = min(low + 1, len(setting) - 1)
         return (1 - (scaled - low)) * setting[low] + (scaled - low) * setting[high]
-    for condition in setting:
-        if not isinstance(condition, Mapping) or "value" not in condition:
-            raise RecipeError(
-                f"{name}: {condition!r} is neither a number of a gradient nor a condition with 'value' and 'pattern'."
-            )
-        if _fits(condition, tensor.name):
-            return _evaluate(name, condition["value"], tensor)
-    return None
+    return next((_evaluate(name, c["value"], tensor) for c in setting if _fits(c, tensor.name)), None)

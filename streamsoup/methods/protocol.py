@@ -8,8 +8,9 @@ wants measured, gets that, and returns one of the two at the end:
         gram = yield Gram(centre=0)
         return Coefficients(...)
 
-Arrays that a method's functions get are float64, of numpy or of torch as the device wants: functions use operators and
-the helpers of `Values`, so that every device computes the same bits.
+Functions of methods get `Values`, whose arrays are float64: of torch on a GPU, and on the CPU notes of what is done
+with them (see `streamsoup.backends.tracing`). They use operators and the helpers of `Values` only, do not branch on
+elements, and so give the same bits on every device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 Array: TypeAlias = Any
-"""A float64 array of numpy or torch."""
+"""A float64 array: of torch, or one whose operations are noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,10 @@ class Values(Protocol):
         """Return -1, 0 or 1 for each element."""
         ...
 
+    def number(self, value: float) -> Array:
+        """Make an array of one number. Divide by that: by a number of Python, a GPU multiplies with the reciprocal."""
+        ...
+
     def column(self, numbers: tuple[float, ...]) -> Array:
         """Make an array of shape (len(numbers), 1): one number for each row."""
         ...
@@ -128,7 +133,7 @@ class Values(Protocol):
         ...
 
     def apply(self, function: Callable[[Any], Any], array: Array) -> Array:
-        """Apply a function of numpy arrays, on the CPU whatever the device. For numbers that few elements share."""
+        """Apply a function of numpy arrays to one row, on the CPU whatever the device: for what differs elsewhere."""
         ...
 
 

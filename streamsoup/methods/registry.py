@@ -86,8 +86,6 @@ _MAKERS: dict[str, Callable[[Given], Method]] = {
     "wise_ft": _fixed(fixed.wise_ft),
     "task_arithmetic": _fixed(fixed.task_arithmetic, normalize=False),
     "ema": _fixed(fixed.ema),
-    "swa": _fixed(fixed.lawa),
-    "lawa": _fixed(fixed.lawa),
     "passthrough": _fixed(fixed.passthrough),
     "slerp": _slerp,
     "nuslerp": _nuslerp,
@@ -116,7 +114,7 @@ def make_method(given: Given) -> Method:
         If there is none, or it takes other ingredients or parameters.
     """
     entry = METHODS.get(given.name)
-    if entry is None:
+    if entry is None or given.name not in _MAKERS:
         raise RecipeError(f"method {given.name!r} is not one of {', '.join(METHODS)}.")
     count = len(given.weights)
     if entry.base == NEEDS_BASE and not given.has_base:
@@ -134,5 +132,7 @@ def make_method(given: Given) -> Method:
         raise RecipeError(f"Method {given.name} takes {wanted} ingredient(s){beside}, not {count}.")
     if "weight" not in entry.each and any(weight != 1.0 for weight in given.weights):
         raise RecipeError(f"Method {given.name} takes no weights. Leave them out.")
+    if "weight" in given.parameters.shared and any(weight != 1.0 for weight in given.weights):
+        raise RecipeError("weight: is given for all ingredients and for each. Give one of them.")
     given.parameters.check(entry.shared, entry.each, given.name)
     return _MAKERS[given.name](given)

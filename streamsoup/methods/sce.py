@@ -27,7 +27,12 @@ class Sce(MethodBase):
     parameters: Parameters
 
     name: ClassVar[str] = "sce"
-    sweeps: ClassVar[int] = 6
+
+    @property
+    def sweeps(self) -> int:  # type: ignore[override]
+        """See `Method`."""
+        chosen = self.parameters.shared.get("select_topk", 1.0)
+        return 2 if isinstance(chosen, int | float) and (chosen >= 1 or chosen <= 0) else 6
 
     def merge(self, tensor: TensorInfo, known: object) -> Generator[Measure, Any, Rule]:
         """See `Method`."""
@@ -66,5 +71,6 @@ class Sce(MethodBase):
 def _variance(values: Values) -> Array:
     """Of the differences from the base, between the checkpoints: population variance, as float32."""
     deltas = values.rows[1:] - values.rows[0]
-    mean = values.total(deltas) / len(deltas)
-    return values.single(values.total((deltas - mean) ** 2) / len(deltas))
+    count = values.number(len(deltas))
+    mean = values.total(deltas) / count
+    return values.single(values.total((deltas - mean) ** 2) / count)

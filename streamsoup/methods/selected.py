@@ -8,7 +8,14 @@ from typing import Any
 
 from streamsoup.errors import RecipeError
 from streamsoup.methods.parameters import matches
-from streamsoup.methods.protocol import Coefficients, Measure, Merge, Method, TensorInfo
+from streamsoup.methods.protocol import Array, Elementwise, Measure, Merge, Method, TensorInfo, Values
+
+
+def _first(values: Values) -> Array:
+    return values.rows[0]
+
+
+_FIRST = Elementwise(_first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +27,11 @@ class Selected:
     method : Method
     include, exclude : tuple of str
         Shell patterns of names: of those included (all, if there are none), not those excluded.
-    checkpoints : int
     """
 
     method: Method
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    first: Coefficients
 
     @property
     def name(self) -> str:
@@ -35,8 +40,8 @@ class Selected:
 
     @property
     def fixed(self) -> bool:
-        """See `Method`."""
-        return self.method.fixed
+        """See `Method`: that others' numbers do not matter, not even as zeros and NaN, is no linear combination."""
+        return False
 
     @property
     def sweeps(self) -> int:
@@ -64,11 +69,11 @@ class Selected:
 
     def merge(self, tensor: TensorInfo, known: Any) -> Merge:
         """See `Method`."""
-        return self.method.merge(tensor, known) if self.takes(tensor.name) else self.first
+        return self.method.merge(tensor, known) if self.takes(tensor.name) else _FIRST
 
 
 def select(
-    method: Method, include: Sequence[str], exclude: Sequence[str], names: Sequence[str], checkpoints: int
+    method: Method, include: Sequence[str], exclude: Sequence[str], names: Sequence[str]
 ) -> tuple[Method, list[tuple[str, int]]]:
     """Limit a method to some tensors, and say how many each pattern fits.
 
@@ -86,5 +91,4 @@ def select(
             touched.append((f"{what} {pattern}", count))
     if not touched:
         return method, []
-    first = Coefficients((1.0, *[0.0] * (checkpoints - 1)))
-    return Selected(method, tuple(include), tuple(exclude), first), touched
+    return Selected(method, tuple(include), tuple(exclude)), touched

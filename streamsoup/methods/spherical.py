@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from streamsoup.errors import RecipeError
-from streamsoup.methods.base import MethodBase
+from streamsoup.methods.base import MethodBase, refuse_cancelling
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.protocol import Array, Coefficients, Elementwise, Gram, Measure, Rule, TensorInfo, Values
 
@@ -44,12 +44,14 @@ class Spherical(MethodBase):
     weights: tuple[float, ...]
     parameters: Parameters
     has_base: bool
-    formula: Callable[[Spherical, Numbers, TensorInfo], Numbers]
+    formula: Callable[[Spherical, Numbers, TensorInfo], Numbers] = field(repr=False)  # the name stands for it
 
     sweeps: ClassVar[int] = 2
 
     def merge(self, tensor: TensorInfo, known: object) -> Generator[Measure, Any, Rule]:
         """See `Method`."""
+        if self.formula in (multislerp, karcher):
+            refuse_cancelling(self.name, self.parameters.numbers("weight", tensor, self.weights))
         gram = yield Gram(centre=0 if self.has_base else None)
         with np.errstate(all="ignore"):
             if not self.has_base:

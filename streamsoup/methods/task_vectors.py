@@ -59,6 +59,11 @@ class TaskVectors(MethodBase):
     normalize: bool
     rescale: str
 
+    def __post_init__(self) -> None:
+        settings = [source.get("density") for source in (self.parameters.shared, *self.parameters.each)]
+        if self.of_model and any(isinstance(setting, list) for setting in settings):
+            raise RecipeError("density: with scope model it is one number for all tensors.")
+
     @property
     def by_row(self) -> bool:  # type: ignore[override]
         """See `Method`."""
@@ -72,7 +77,9 @@ class TaskVectors(MethodBase):
     @property
     def sweeps(self) -> int:  # type: ignore[override]
         """See `Method`."""
-        searches = self.thin in ("magnitude", "outliers") and not self.of_model
+        settings = [source.get("density", 1.0) for source in (self.parameters.shared, *self.parameters.each)]
+        thins = any(not isinstance(setting, int | float) or setting < 1 for setting in settings)
+        searches = thins and self.thin in ("magnitude", "outliers") and not self.of_model
         return 1 + 3 * searches + (self.rescale == "l1")
 
     @property
@@ -82,10 +89,8 @@ class TaskVectors(MethodBase):
 
     def whole(self, tensors: Sequence[TensorInfo]) -> Generator[Measure, Any, Any]:
         """Find the thresholds of the whole model, if they are wanted."""
-        if not self.of_model:
+        if not self.of_model or not tensors:
             return None
-        if isinstance(self.parameters.shared.get("density"), list | tuple):
-            raise RecipeError("density: with scope model it is one number for all tensors.")
         count = sum(tensor.elements for tensor in tensors)
         everywhere = TensorInfo("", (count,))
         found = yield from self._thresholds(everywhere, self._numbers("density", everywhere, 1.0))
@@ -105,7 +110,8 @@ class TaskVectors(MethodBase):
             keep = partial(_between, bounds)
         else:
             epsilons = self._numbers("epsilon", tensor, 0.15) if self.thin == "ranked" else (0.0,) * len(weights)
-            keep = partial(self._by_chance, _chances(densities, epsilons))
+            seed = int(self.parameters.number("seed", tensor, 0))
+            keep = partial(self._by_chance, seed, _chances(densities, epsilons))
 
         def thinned(values: Values) -> Array:
             deltas = values.rows[1:] - values.rows[0]
@@ -131,7 +137,8 @@ class TaskVectors(MethodBase):
     def _mixed(self, values: Values, deltas: Array, weights: Sequence[float]) -> Array:
         if not self.elect:
             total = sum(weights)
-            return values.total(deltas) / (total if self.normalize and abs(total) >= 1e-8 else 1.0)
+            mixed = values.total(deltas)
+            return mixed / values.number(total) if self.normalize and abs(total) >= 1e-8 else mixed
         elected = values.where(values.total(deltas) >= 0, 1.0 + 0.0 * deltas[0], -1.0)
         agrees = values.sign(deltas) == elected
         mixed = values.total(values.where(agrees, deltas, 0.0))
@@ -172,8 +179,7 @@ class TaskVectors(MethodBase):
         lowest = max(0, count - kept - int(gamma * count))
         return (lowest, lowest + kept - 1) if kept > 0 else None
 
-    def _by_chance(self, chances: Callable[[Values, Array], Array], values: Values, deltas: Array) -> Array:
-        seed = int(self.parameters.number("seed", values.tensor, 0))
+    def _by_chance(self, seed: int, chances: Callable[[Values, Array], Array], values: Values, deltas: Array) -> Array:
         return values.uniform(seed, len(self.weights)) < chances(values, deltas)
 
 
@@ -199,4 +205,4 @@ def _probabilities(values: Values, deltas: Array, densities: Sequence[float], ep
     if not any(epsilons):
         return low
     spread = values.column(tuple(2 * e if 0 < d < 1 else 0.0 for d, e in zip(densities, epsilons, strict=True)))
-    return low + values.row_ranks(abs(deltas)) / max(values.tensor.width - 1, 1) * spread
+    return low + values.row_ranks(abs(deltas)) / values.number(max(values.tensor.width - 1, 1)) * spread
