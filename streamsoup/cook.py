@@ -113,7 +113,8 @@ def soup(
 
     Notes
     -----
-    Memory: at most `budget_bytes`, for any number and size of ingredients. Each ingredient byte is read once.
+    Memory: at most `budget_bytes`, for any number and size of ingredients. Each byte of them is read once; of methods
+    that look at the numbers first, see docs/methods.md
 
     Source: Wortsman et al. 2022, arXiv 2203.05482.
     """

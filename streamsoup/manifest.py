@@ -129,7 +129,7 @@ def manifest_to_json(manifest: Mapping[str, Any]) -> str:
 
 def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """Write the README.md of a soup folder."""
-    total = sum(i.weight for i in recipe.ingredients) if recipe.normalize else 0.0
+    total = sum(i.weight for i in recipe.ingredients) if recipe.normalize and recipe.method == "linear" else 0.0
     rows = "\n".join(
         f"| {i + 1} | `{_short(ingredient.path)}` | {ingredient.weight:g} | "
         f"{ingredient.weight / total if total else ingredient.weight:.4g} | "
@@ -147,6 +147,11 @@ def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     notes = "".join(f"\n- {note}" for note in manifest["notes"])
     rules = "".join(f"- {rule} ({count:,} tensors)\n" for rule, count in plan.touched)
     rules = f"{rules}\n" if rules else ""
+    how_exact = (
+        "Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once."
+        if plan.method.fixed
+        else "All was computed in float64 and rounded once."
+    )
     return f"""---
 tags:
 - model-soup
@@ -172,7 +177,7 @@ This checkpoint is {how} of the weights of {len(recipe.ingredients)} fine-tuned 
 |---|---|---|---|---|
 {rows}
 
-{rules}Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once.
+{rules}{how_exact}
 `{RECIPE_NAME}` makes the same soup again, bit for bit: `streamsoup soup --recipe {RECIPE_NAME} -o again/`.
 `{MANIFEST_NAME}` records who the ingredients were.
 {notes}"""

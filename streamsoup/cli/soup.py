@@ -1,4 +1,4 @@
-"""``streamsoup soup``: uniform and weighted soups."""
+"""``streamsoup soup``: soups, by any method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "soup",
         help="average checkpoints into one",
-        description="Average checkpoints into one. Each byte of the ingredients is read once.",
+        description="Average checkpoints into one, or merge them by another method. Each byte is read once, but for "
+        "large tensors that must be measured first.",
         epilog=f"{_EXAMPLES}\nmethods (and their parameters):\n{describe_methods()}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
