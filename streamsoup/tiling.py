@@ -43,9 +43,8 @@ def piece_bytes(checkpoints: int, least: int = 0) -> int:
 
 def row_unit(tensor: TensorInfo) -> int:
     """Elements that are whole rows as well as whole blocks (but for the end of the tensor)."""
-    if len(tensor.shape) < 2 or not tensor.width:
-        return -(-max(tensor.elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
-    return math.lcm(tensor.width, BLOCK_ELEMENTS)
+    whole = -(-max(tensor.elements, 1) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    return min(whole, math.lcm(max(tensor.width, 1), BLOCK_ELEMENTS))
 
 
 @dataclass(frozen=True, slots=True)

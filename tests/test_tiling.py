@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsoup.errors import BudgetError
-from streamsoup.tiling import BLOCK_ELEMENTS, MIB, TileNeeds, choose_tiling, slot_bytes
+from streamsoup.methods.protocol import TensorInfo
+from streamsoup.tiling import BLOCK_ELEMENTS, MIB, TileNeeds, choose_tiling, row_unit, slot_bytes
 
 needs = st.builds(
     TileNeeds,
@@ -85,3 +86,11 @@ def test_mapped_ingredients_cost_nothing_each(ingredients):
     budget = 64 * MIB
     first, second = (choose_tiling(n, budget_bytes=budget, workers=2).peak_bytes for n in (one, many))
     assert first == second
+
+
+def test_rows_and_blocks_end_together_or_with_the_tensor():
+    assert row_unit(TensorInfo("w", (1000, 1664))) == 16 * 1664
+    assert row_unit(TensorInfo("w", (1000, 7))) == 4 * 2048  # all of it
+    assert row_unit(TensorInfo("w", (1, 257, 1664))) == 209 * 2048
+    assert row_unit(TensorInfo("b", (5000,))) == 3 * 2048
+    assert row_unit(TensorInfo("s", ())) == 2048
