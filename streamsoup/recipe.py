@@ -107,6 +107,9 @@ class Recipe:
             if self.method == "uniform" and len({i.weight for i in self.ingredients}) > 1:
                 raise RecipeError("Method uniform takes no weights. Leave them out, or give method weighted.")
             object.__setattr__(self, "method", "linear")
+        for ingredient in self.ingredients:
+            if self.base is not None and os.path.abspath(ingredient.path) == os.path.abspath(self.base):
+                raise RecipeError(f"{ingredient.path}: is the base, and an ingredient too. Leave it out of them.")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))

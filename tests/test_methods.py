@@ -206,6 +206,23 @@ def test_bits_do_not_depend_on_tiles_threads_reading_or_device(tmp_path, runs, m
     assert len(set(found[0].values())) == len(SHAPES)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["linear", *EVERY_RULE])
+def test_a_gpu_gives_the_bits_of_the_cpu(tmp_path, runs, monkeypatch, rule):
+    paths, _ = runs
+    method = rule.split()[0]
+    small_tiles(monkeypatch, 8)
+    found = []
+    for device in ("cpu", "cuda"):
+        soup = merged(
+            tmp_path, paths[1 : 3 if method == "nuslerp" else 4], device, method=method, dtype="float32", device=device,
+            base=None if method in ("karcher", "geometric_median", "linear") else paths[0],
+            parameters=EVERY_RULE.get(rule, {}),
+        )  # fmt: skip
+        found.append({name: soup[name].tobytes() for name in SHAPES})
+    assert found[0] == found[1]
+
+
 # -- chance ------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +409,7 @@ def test_what_is_not_included_is_the_first_checkpoint_bit_for_bit(tmp_path, runs
         ),
         ({"method": "karcher", "weights": [1, -2, 1]}, r"karcher divides by the sum of the weights .* which cancel"),
         ({"method": "sce", "base": True, "weights": [1, 2, 1]}, r"sce takes no weights"),
+        ({"method": "sce", "base": True, "also": True}, r"is the base, and an ingredient too"),
         ({"weights": [1, 2, 1], "parameters": {"weight": 1}}, r"for all ingredients and for each"),
         ({"method": "ema", "parameters": {"decay": 2}}, r"decay: 2 is not in \[0, 1\)"),
         ({"method": "dare_ties", "base": True, "parameters": {"seed": "x"}}, r"seed: 'x' is not a number"),
@@ -410,6 +428,8 @@ def test_what_is_not_included_is_the_first_checkpoint_bit_for_bit(tmp_path, runs
 def test_what_cannot_work_is_refused_in_a_sentence_and_leaves_nothing(tmp_path, runs, options, sentence):
     paths, _ = runs
     options = {**options, **({"base": paths[0]} if options.get("base") else {})}
+    if options.pop("also", False):
+        paths = [*paths, paths[0]]
     with pytest.raises(RecipeError, match=sentence):
         streamsoup.soup(paths[1:], tmp_path / "soup", **options)
     assert list(tmp_path.iterdir()) == []

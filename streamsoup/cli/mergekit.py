@@ -61,7 +61,16 @@ def add_parser(commands: Any) -> None:
     soup.add_execution_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
     parser.set_defaults(
-        run=soup.run, recipe_of=_recipe, guarded=True, on_death=soup.after_death, resume=None, sweep=None, score=None
+        run=soup.run,
+        recipe_of=_recipe,
+        guarded=True,
+        on_death=soup.after_death,
+        resume=None,
+        sweep=None,
+        score=None,
+        metric=None,
+        minimize=False,
+        score_timeout=None,
     )
 
 

@@ -181,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             if not args.output:
                 raise UsageError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
+            if not args.sweep and (args.metric or args.minimize or args.score_timeout):
+                raise UsageError("--metric, --minimize and --score-timeout belong to --sweep.")
             if bool(args.sweep) != bool(args.score):
                 raise UsageError("--sweep and --score belong together: each value's soup is scored by the command.")
             result = _sweep(recipe, execution, args) if args.sweep else cook(recipe, args.output, execution)
