@@ -65,8 +65,8 @@ def main():
     # Imports, compilation and thread-local arenas belong to the level: a first soup of the same kind pays for them.
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(write_checkpoint(Path(folder) / f"r{i}", realistic(i, {"w": (9000,)}, JOB["warm"])))
-                 for i in range(2)]  # fmt: skip
-        base = {"base": paths[0]} if "base" in JOB.get("options", {}) else {}
+                 for i in range(3)]  # fmt: skip
+        base = {"base": paths.pop()} if "base" in JOB.get("options", {}) else {}
         streamsoup.soup(paths, Path(folder) / "soup", read_mode=JOB["mode"], **{**JOB.get("options", {}), **base})
     libc.malloc_trim(0)
     sampler = Sampler()

@@ -72,7 +72,8 @@ def test_a_run_owns_no_more_than_its_budget(tmp_path, count, dtype, mode, budget
 )
 def test_what_is_measured_and_merged_stays_in_the_budget(tmp_path, count, method, parameters, mode):
     path = str(write_sparse(tmp_path / "run.safetensors", {"w": ("BF16", (3000, 1000)), "v": ("BF16", (200_003,))}))
-    options = {"method": method, "base": path, "parameters": parameters}
+    base = str(write_sparse(tmp_path / "base.safetensors", {"w": ("BF16", (3000, 1000)), "v": ("BF16", (200_003,))}))
+    options = {"method": method, "base": base, "parameters": parameters}
     budget = least_budget([path] * count, read_mode=mode, recipe=options)
     answer = measure(
         ingredients=[path] * count, out=str(tmp_path / "soup"), budget=budget, mode=mode, warm="BF16",
