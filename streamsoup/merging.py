@@ -26,7 +26,7 @@ def reduce_all(plan: Plan, engine: Engine, done: Mapping[int, Sequence[tuple[int
             (tile for t in tensors for tile in plan.tiles_of(t)), dict.fromkeys(tensors, known.measurement), keep=False
         )
         known.turn()
-    engine.known = known.value
+    engine.work.known = known.value
     for batch in plan.batches(done):
         _reduce_batch(plan, engine, batch, done)
     return engine.outcome
@@ -37,7 +37,7 @@ def _reduce_batch(
 ) -> None:
     # What lies in one tile is measured by the worker that has it, at once; but not what an earlier run did a part of.
     several = [t for t in batch if done.get(t) or not plan.is_one_tile(t)]
-    asked = {t: Asked(plan.method.merge(plan.info(t), engine.known)) for t in several}
+    asked = {t: Asked(plan.method.merge(plan.info(t), engine.work.known)) for t in several}
     kept = not plan.staged and all(plan.bytes_of(t) <= plan.budget_bytes for t in several)
     swept = False
     while wanting := [t for t in several if asked[t].wants]:

@@ -18,7 +18,7 @@ class Progress:
     Attributes
     ----------
     stage : str
-        ``reduce``, ``sync`` or ``publish``.
+        ``measure``, ``reduce``, ``sync`` or ``publish``.
     done_bytes, total_bytes : int
         Of ingredients; what an interrupted run had done counts too.
     seconds : float

@@ -21,7 +21,7 @@ FLOORS = """
     files recipe checkpoints methods measurement asked tiling budget journal score rules
     align layout plan planner manifest mergekit_settings from_mergekit_config
     windows read write backends companions outcome
-    tile_queue engine sinks merging
+    tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
     making
     cook pool candidate sums scorebook

@@ -95,7 +95,7 @@ def make_progress(*, quiet: bool, transient: bool = False) -> SilentProgress:
 
 
 def _label(progress: Progress) -> str:
-    return {"reduce": "souping", "sync": "syncing"}.get(progress.stage, progress.stage)
+    return {"measure": "measuring", "reduce": "souping", "sync": "syncing"}.get(progress.stage, progress.stage)
 
 
 def _numbers(progress: Progress) -> str:
