@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from environments import pinned_version, python_of
-from measure import Run, run_process, summary
+from measure import Run, figures_of, run_process
 from rounding import decode, load_bits
 
 from streamsoup.bench.machine import warm
@@ -95,7 +95,7 @@ def _measure(folder: Path, files: list[Path], method: str, repeats: int, python:
         "checkpoints": len(document["models"]) + ("base_model" in document),
         "random": method in RANDOM,
         **differences,
-        "tools": {tool: _figures(runs) for tool, runs in done.items()},
+        "tools": {tool: figures_of(runs) for tool, runs in done.items()},
     }
 
 
@@ -125,16 +125,6 @@ def _compare(ours: Path, theirs: Path, first: Path) -> dict[str, Any]:
         "largest_difference": worst,
         "share_equal": equal / total,
         "share_moved": {"ours": moved[0] / total, "mergekit": moved[1] / total},
-    }
-
-
-def _figures(runs: list[Run]) -> dict[str, Any]:
-    results = [json.loads(run.output.splitlines()[-1]) for run in runs]
-    return {
-        "process_seconds": summary([run.seconds for run in runs]),
-        "engine_seconds": summary([r["engine_seconds"] for r in results]),
-        "owned_bytes": max(run.owned_bytes for run in runs),
-        "resident_bytes": max(run.resident_bytes for run in runs),
     }
 
 

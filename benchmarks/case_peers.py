@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from environments import ENVIRONMENTS, pinned_version, python_of
-from measure import Run, run_process, summary
+from measure import Run, figures_of, run_process
 from rounding import load_bits, share_equal, shares_correct
 
 from streamsoup.bench.machine import warm
@@ -82,7 +81,7 @@ def _measure(folder: Path, paths: list[Path], dtype: str, repeats: int, environm
         "read_bytes": sum(file.stat().st_size for file in files),
         "write_bytes": files[0].stat().st_size,
         "failures": failures,
-        "tools": {name: {**_figures(runs), **exactness[name]} for name, runs in done.items()},
+        "tools": {name: {**figures_of(runs), **exactness[name]} for name, runs in done.items()},
     }
 
 
@@ -114,16 +113,6 @@ def _compare(
         shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(kept)
     return exactness, failures
-
-
-def _figures(runs: list[Run]) -> dict[str, Any]:
-    results = [json.loads(run.output.splitlines()[-1]) for run in runs]
-    return {
-        "process_seconds": summary([run.seconds for run in runs]),
-        "engine_seconds": summary([r["engine_seconds"] for r in results]),
-        "owned_bytes": max(run.owned_bytes for run in runs),
-        "resident_bytes": max(run.resident_bytes for run in runs),
-    }
 
 
 def table(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -69,4 +70,15 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
         "min": min(values),
         "max": max(values),
         "samples": list(values),
+    }
+
+
+def figures_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Seconds and peaks of runs whose last line of output is JSON with `engine_seconds`."""
+    results = [json.loads(run.output.splitlines()[-1]) for run in runs]
+    return {
+        "process_seconds": summary([run.seconds for run in runs]),
+        "engine_seconds": summary([r["engine_seconds"] for r in results]),
+        "owned_bytes": max(run.owned_bytes for run in runs),
+        "resident_bytes": max(run.resident_bytes for run in runs),
     }

@@ -21,11 +21,11 @@ from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
 from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
-from streamsoup.comparison_gathering import Gathered, TensorFigures, layer_of
+from streamsoup.comparison_gathering import Gathered, TensorFigures, layer_name
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
-from streamsoup.execution import Execution
+from streamsoup.execution import Execution, compile_notice
 from streamsoup.manifest import content_digests
 from streamsoup.measurement import held_bytes
 from streamsoup.methods.base import MethodBase
@@ -181,6 +181,7 @@ def compare(
     workers: int | None = None,
     read_mode: str = "auto",
     progress: Callable[[Progress], None] | None = None,
+    on_compile: Callable[[], None] | None = None,
 ) -> Comparison:
     """Compare checkpoints, and see what a soup of them would be made of.
 
@@ -192,7 +193,7 @@ def compare(
         What they were fine-tuned from. Differences are then taken from it, else from the mean of the ingredients.
     budget_bytes : int or str, optional
         What the engine may own; by default a quarter of what is free, at most 2 GiB.
-    device, workers, read_mode, progress
+    device, workers, read_mode, progress, on_compile
         See `Execution`; they change no bit of the result.
 
     Returns
@@ -224,7 +225,8 @@ def compare(
     checkpoints = open_checkpoints([*([] if base is None else [str(base)]), *paths])
     plan, mode = _plan(checkpoints, execution)
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
-    backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
+    with compile_notice(on_compile):
+        backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
     with PeakSampler() as sampler, open_sources(checkpoints, mode) as sources:
         gathered = Gathered(plan, based=base is not None)
         engine = Engine(plan, backend, sources, Nowhere(), progress=execution.progress)
@@ -248,7 +250,7 @@ def compare(
 def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan, str]:
     mode = choose_mode(checkpoints, execution.read_mode)
     count, table = len(checkpoints), checkpoints[0].table
-    layers = len(set(map(layer_of, table.names)))
+    layers = len(set(map(layer_name, table.names)))
     kept = 8 * (3 * count + 5) * len(table) + 2 * 8 * count * count * (layers + 1)
     plan = make_plan(
         checkpoints,

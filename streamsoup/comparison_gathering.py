@@ -5,7 +5,6 @@ Sums over tensors have the shape of a tree over their places, so they are the sa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,9 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import TensorTable
 from streamsoup.comparison_figures import Figures, Numbers, plain
+from streamsoup.layers import layer_of
 from streamsoup.measurement import Surveyed, SurveyMeasurement, TreeSum
 from streamsoup.plan import Plan
-
-_LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +202,7 @@ class _Layers:
     def __init__(self, table: TensorTable, tensors: Sequence[int]) -> None:
         from natsort import natsorted
 
-        layer = {tensor: layer_of(table.names[tensor]) for tensor in tensors}
+        layer = {tensor: layer_name(table.names[tensor]) for tensor in tensors}
         self.names: list[str] = natsorted(set(layer.values()))
         numbers = {name: number for number, name in enumerate(self.names)}
         self.sizes = [0] * len(self.names)
@@ -215,7 +213,7 @@ class _Layers:
             self.sizes[number] += 1
 
 
-def layer_of(name: str) -> str:
-    """Name the layer of a tensor: all up to its first number; or its module, where there is none."""
-    match = _LAYER.search(name)
-    return name[: match.end()] if match else name.rpartition(".")[0] or name
+def layer_name(name: str) -> str:
+    """Name the layer of a tensor: its stack and number; or its module, where there is none."""
+    layer = layer_of(name)
+    return name.rpartition(".")[0] or name if layer is None else f"{layer[0]}{layer[1]}"

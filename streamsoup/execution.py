@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamsoup.errors import RecipeError
 from streamsoup.outcome import Progress
+
+_COMPILE_NOTICE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +112,18 @@ class SoupResult:
     def gb_per_s(self) -> float:
         """Ingredient bytes a second, in 10⁹."""
         return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
+
+
+@contextlib.contextmanager
+def compile_notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
+    """Call back if the block takes so long that it must be compiling."""
+    if on_compile is None:
+        yield
+        return
+    timer = threading.Timer(_COMPILE_NOTICE_SECONDS, on_compile)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -20,7 +20,8 @@ from streamsoup.mergekit_settings import Settings, covers, joined, read_flag, re
 from streamsoup.methods.catalogue import MAY_HAVE_BASE, NEEDS_BASE, NO_BASE
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.protocol import TensorInfo
-from streamsoup.recipe import Ingredient, Recipe, strict_loader
+from streamsoup.recipe import Ingredient, Recipe
+from streamsoup.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +117,11 @@ def from_mergekit(config: str | Path | Mapping[str, Any], *, random_seed: int | 
     """
     if not isinstance(config, str | Path):
         return _translate(config, random_seed)
-    document = _read(Path(config))
+    document = read_yaml(Path(config))
     try:
         return _translate(document, random_seed)
     except RecipeError as error:
         raise RecipeError(f"{config}: {error}") from error
-
-
-def _read(path: Path) -> object:
-    import yaml
-
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: not a readable YAML file ({reason}).") from error
 
 
 def _translate(document: object, random_seed: int | None) -> Recipe:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from streamsoup.checkpoints import verify_unchanged
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import MismatchError
-from streamsoup.execution import Execution, SoupResult
+from streamsoup.execution import Execution, SoupResult, compile_notice
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
@@ -31,7 +30,6 @@ from streamsoup.workspace import Workspace
 from streamsoup.write import FileSink
 
 _log = logging.getLogger(__name__)
-_COMPILE_NOTICE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Making:
         plan, execution = self.plan, self.execution
         dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
-        with _notice(execution.on_compile):
+        with compile_notice(execution.on_compile):
             self.backend.prepare(
                 wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes), measured=not plan.method.fixed
             )
@@ -144,18 +142,3 @@ def keep_or_remove(workspace: Workspace, *, keep: bool) -> Iterator[None]:
         raise
     finally:
         workspace.release()
-
-
-@contextlib.contextmanager
-def _notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
-    """Call back if the block takes so long that it must be compiling."""
-    if on_compile is None:
-        yield
-        return
-    timer = threading.Timer(_COMPILE_NOTICE_SECONDS, on_compile)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

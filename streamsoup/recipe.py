@@ -12,6 +12,7 @@ from typing import Any
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.methods.parameters import plain
+from streamsoup.strict_yaml import read_yaml
 from streamsoup.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what huggingface_hub writes
@@ -238,16 +239,8 @@ def read_recipe(path: str | Path) -> Recipe:
     RecipeError
         If it is missing, no YAML, or says something unknown.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file.") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: not a readable YAML file ({reason}).") from error
+    document = read_yaml(path)
     recipe = recipe_from_mapping(document, where=str(path))
     folder = path.resolve().parent
     return with_paths(recipe, lambda given: str(folder / given))
@@ -286,21 +279,6 @@ def recipe_from_mapping(document: object, *, where: str) -> Recipe:
         return Recipe(ingredients, **options)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-
-
-def strict_loader() -> Any:
-    """Make a loader that refuses a key that is there twice, instead of taking the last."""
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if isinstance(key, str) and keys.count(key) > 1:
-                    raise yaml.YAMLError(f"the key {key!r} is there twice")
-            return super().construct_mapping(node, deep)
-
-    return StrictLoader
 
 
 def _ingredient(row: object, where: str) -> Ingredient:

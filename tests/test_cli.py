@@ -221,7 +221,7 @@ def test_a_run_that_must_compile_says_so(tmp_path, monkeypatch, capsys):
 
     said = threading.Event()
     progress = LineProgress()
-    monkeypatch.setattr("streamsoup.making._COMPILE_NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr("streamsoup.execution._COMPILE_NOTICE_SECONDS", 0.0)
     monkeypatch.setattr(CpuBackend, "prepare", lambda *_, **__: said.wait(30))
 
     def compiling():

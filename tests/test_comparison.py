@@ -14,7 +14,7 @@ from factory import DTYPES, FLOATS, any_bits, fine_tunes, write_checkpoint, writ
 
 import streamsoup
 from streamsoup.comparison_figures import other_lineages
-from streamsoup.comparison_gathering import layer_of
+from streamsoup.comparison_gathering import layer_name
 from streamsoup.comparison_page import NOT_PROVED, render_page
 from streamsoup.errors import BudgetError, MismatchError, RecipeError, StreamsoupError
 from streamsoup.kernels import measuring
@@ -332,10 +332,10 @@ def test_the_map_keeps_the_distances_of_a_plane(tmp_path):
 
 
 def test_layers_are_named_by_their_first_number():
-    assert layer_of("model.layers.12.mlp.experts.3.up.weight") == "model.layers.12"
-    assert layer_of("0.weight") == "0"
-    assert layer_of("model.norm.weight") == "model.norm"
-    assert layer_of("logit_scale") == "logit_scale"
+    assert layer_name("model.layers.12.mlp.experts.3.up.weight") == "model.layers.12"
+    assert layer_name("0.weight") == "0"
+    assert layer_name("model.norm.weight") == "model.norm"
+    assert layer_name("logit_scale") == "logit_scale"
 
 
 # -- limits and errors -------------------------------------------------------------------------------------------

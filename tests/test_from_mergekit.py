@@ -293,7 +293,11 @@ def test_what_is_refused_is_named(runs, case):
 
 @pytest.mark.parametrize(
     ("text", "pattern"),
-    [(None, "no such file"), ("a: [", "not a readable YAML file"), ("dtype: a\ndtype: b", "'dtype' is there twice")],
+    [
+        (None, "no such recipe file"),
+        ("a: [", "not a readable YAML file"),
+        ("dtype: a\ndtype: b", "'dtype' is there twice"),
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, pattern):
     if text is not None:

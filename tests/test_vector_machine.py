@@ -12,7 +12,8 @@ from factory import bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsoup.backends.tracing import row_sums, trace
+from streamsoup.backends.rows import row_sums
+from streamsoup.backends.tracing import trace
 from streamsoup.backends.values import TorchValues
 from streamsoup.kernels import codes
 from streamsoup.kernels.measuring import ROUNDS

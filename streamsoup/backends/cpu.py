@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends import merging
-from streamsoup.backends.protocol import Blend, Combined, Portion, Token
+from streamsoup.backends.protocol import Blend, Combined, Finished, Portion, Token
 from streamsoup.backends.tracing import Program, trace
 from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
@@ -19,17 +19,6 @@ from streamsoup.maps import address_of
 from streamsoup.measurement import Part, SurveyPart
 from streamsoup.methods.protocol import Elementwise
 from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, Tiling
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A token of work that is finished."""
-
-    combined: Combined
-
-    def result(self) -> Combined:
-        """See `Token`."""
-        return self.combined
 
 
 class CpuSlot:
@@ -98,7 +87,7 @@ class CpuSlot:
         )
         if not last:
             return None
-        return Done(Combined(output, self._digests, self._nonfinite, self._overflowed))
+        return Finished(Combined(output, self._digests, self._nonfinite, self._overflowed))
 
     def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
         """See `Slot`."""
@@ -114,7 +103,7 @@ class CpuSlot:
     ) -> Token:
         """See `Slot`."""
         output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
-        return Done(merging.merge(_CpuTile(addresses, portion, blend), rule, output))
+        return Finished(merging.merge(_CpuTile(addresses, portion, blend), rule, output))
 
 
 class _CpuTile:

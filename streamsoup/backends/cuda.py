@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends import merging
-from streamsoup.backends.protocol import Blend, Combined, Portion, Token
+from streamsoup.backends.protocol import Blend, Combined, Finished, Portion, Token
 from streamsoup.errors import RecipeError
 from streamsoup.kernels import codes
 from streamsoup.measurement import Part, SurveyPart
@@ -134,22 +134,11 @@ class TorchSlot:
     ) -> Token:
         """See `Slot`."""
         output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
-        return _Merged(merging.merge(self._tile(blend, portion), rule, output))
+        return Finished(merging.merge(self._tile(blend, portion), rule, output))
 
     def _tile(self, blend: Blend, portion: Portion) -> _TorchTile:
         sources = [self._staging[i][: portion.elements * n].to(self._device) for i, n in enumerate(blend.itemsizes)]
         return _TorchTile(sources, portion, blend, self._device)
-
-
-class _Merged:
-    """A token of work that is finished."""
-
-    def __init__(self, combined: Combined) -> None:
-        self._combined = combined
-
-    def result(self) -> Combined:
-        """See `Token`."""
-        return self._combined
 
 
 class _TorchTile:

@@ -93,6 +93,17 @@ class Token(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A token of work that is done already."""
+
+    combined: Combined
+
+    def result(self) -> Combined:
+        """See `Token`."""
+        return self.combined
+
+
 class Slot(Protocol):
     """Buffers for one tile."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamsoup.backends.tracing import row_sums, stream_keys
+from streamsoup.backends.rows import row_sums, stream_keys
 from streamsoup.kernels.torch_measuring import uniform
 from streamsoup.methods.protocol import Array, TensorInfo
 

@@ -17,9 +17,9 @@ from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
 from streamsoup.checkpoints.table import TensorTable, pack
 from streamsoup.errors import CheckpointError, MismatchError
+from streamsoup.layers import layer_of, stacks_of
 
 _PART = re.compile(r"(.+)\[(\d+):(\d+)\]")
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _AFTER = re.compile(
     r"(?:^|\.)(?:norm|norm_f|ln_f|final_layer_?norm|output|output_layer|lm_head|embed_out|score|(?:pre_)?classifier"
     r"|pooler|cls|vocab_\w+)\."
@@ -139,19 +139,16 @@ def layer_stack(checkpoint: Checkpoint) -> tuple[str, int]:
     CheckpointError
         If there is no stack of layers, or more than one.
     """
-    last: dict[str, int] = {}
-    for name in checkpoint.table.names:
-        if match := _LAYER.search(name):
-            stack = name[: match.start(1)]
-            last[stack] = max(last.get(stack, 0), int(match[1]))
-    if len(last) != 1:
-        found = f"has {len(last)} stacks of layers ({', '.join(sorted(last))})" if last else "has no numbered layers"
+    stacks = stacks_of(checkpoint.table.names)
+    if len(stacks) != 1:
+        several = f"has {len(stacks)} stacks of layers ({', '.join(sorted(stacks))})"
+        found = several if stacks else "has no numbered layers"
         raise CheckpointError(
             f"{checkpoint.path}: {found}, but layers can only be picked out of one stack. Merge it whole.",
             path=checkpoint.path,
         )
-    ((stack, highest),) = last.items()
-    return stack, highest + 1
+    (stack,) = stacks.items()
+    return stack
 
 
 def _rows(parts: Sequence[Part], sources: Mapping[str, Checkpoint]) -> list[Row]:
@@ -160,11 +157,11 @@ def _rows(parts: Sequence[Part], sources: Mapping[str, Checkpoint]) -> list[Row]
     inner: dict[str, dict[int, list[str]]] = {path: {} for path in sources}
     for path, source in sources.items():
         for name in source.table.names:
-            match = _LAYER.search(name)
-            if match is None:
+            found = layer_of(name)
+            if found is None:
                 loose[path].append(name)
             else:
-                inner[path].setdefault(int(match[1]), []).append(name)
+                inner[path].setdefault(found[1], []).append(name)
     stack = stacks[parts[0].path][0]
     first, last = parts[0].path, parts[-1].path
     alike = first == last

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamsoup.cli.options import add_running_options
 from streamsoup.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -32,16 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from: differences are from it")
     group.add_argument("--html", metavar="FILE", help="write a page with pictures, which needs nothing but itself")
-    group.add_argument(
-        "--budget", metavar="SIZE", help="memory to own (default: a quarter of what is free, at most 2GiB)"
-    )
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
-    group.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
-    group.add_argument(
-        "--read",
-        choices=("auto", "map", "ahead", "plain"),
-        help="map files, or read them plainly (default: map what is local and cached)",
-    )
+    add_running_options(group)
     group.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -79,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             workers=args.threads,
             read_mode=args.read or "auto",
             progress=step,
+            on_compile=progress.compiling,
         )
     if args.html:
         write_page(found, args.html)

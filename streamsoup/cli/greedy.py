@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
+from streamsoup.cli.options import add_running_options
 from streamsoup.cli.progress import make_progress
 from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
 
@@ -56,10 +57,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
     how.add_argument("--buffers", choices=("identical", "first"), help="as in `streamsoup soup`")
     how.add_argument("--nonfinite", choices=("error", "warn", "allow"), help="as in `streamsoup soup`")
-    how.add_argument("--budget", metavar="SIZE", help="memory to own, the running sum included where it fits")
-    how.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
-    how.add_argument("--threads", type=int, metavar="N", help="worker threads")
-    how.add_argument("--read", choices=("auto", "map", "ahead", "plain"), help="as in `streamsoup soup`")
+    add_running_options(how)
     how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
     show = parser.add_argument_group("what to show")
     show.add_argument("--plot", metavar="FILE", help="draw the run as PNG or SVG")

@@ -7,6 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import soup
+from streamsoup.cli.options import add_execution_options, add_output_options
 from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="for methods that drop at random (default: 0); not mergekit's numbers",
     )
-    soup.add_output_options(recipe)
-    soup.add_execution_options(parser)
+    add_output_options(recipe)
+    add_execution_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
     parser.set_defaults(
         run=soup.run,

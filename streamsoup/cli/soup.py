@@ -11,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.cli.options import add_execution_options, add_output_options
 from streamsoup.cli.printing import print_plan, print_result
 from streamsoup.units import parse_bytes
 
@@ -99,47 +100,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
     parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death)
-
-
-def add_output_options(group: Any) -> None:
-    """Add what every recipe may say beside its method."""
-    group.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
-    group.add_argument(
-        "--buffers",
-        choices=("identical", "first"),
-        help="non-float tensors that differ: refuse (default), or take the first checkpoint's",
-    )
-    group.add_argument(
-        "--nonfinite",
-        choices=("error", "warn", "allow"),
-        help="NaN or infinity in a checkpoint (default: error)",
-    )
-
-
-def add_execution_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that change no bit of a result."""
-    how = parser.add_argument_group("how to make it (changes no bit of the result)")
-    how.add_argument(
-        "--budget", metavar="SIZE", help="memory to own (default: a quarter of what is free, at most 2GiB)"
-    )
-    how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    how.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
-    how.add_argument(
-        "--read",
-        choices=("auto", "map", "ahead", "plain"),
-        default="auto",
-        help="map files, or read them plainly (default: map what is local and cached)",
-    )
-    how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
-    how.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
-    how.add_argument(
-        "--no-sync", action="store_true", help="do not wait for the disk: a crash of the machine may damage the soup"
-    )
-    how.add_argument("--no-keep", action="store_true", help="leave nothing behind after a failure")
-    show = parser.add_argument_group("what to show")
-    show.add_argument("--json", action="store_true", help="print the result as JSON")
-    show.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -240,9 +200,9 @@ def _execution(args: argparse.Namespace, progress: Any) -> Execution:
 
     return Execution(
         budget_bytes=None if args.budget is None else parse_bytes(args.budget),
-        device=args.device,
+        device=args.device or "cpu",
         workers=args.threads,
-        read_mode=args.read,
+        read_mode=args.read or "auto",
         overwrite=args.overwrite,
         keep=not args.no_keep,
         restart=args.restart,
