@@ -25,6 +25,7 @@ from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import require_space
 from streamsoup.kernels.stream import STREAM_BYTES
 from streamsoup.recipe import make_recipe
+from streamsoup.units import format_bytes
 
 # Files that ceilings are measured on: enough to be steady, few enough to stay in the page cache.
 _SAMPLE_BYTES = 2 << 30
@@ -116,7 +117,7 @@ def _checkpoints(options: BenchOptions, folder: Path, step: Callable[[str], None
     each = checkpoint_bytes(options.preset, options.dtype)
     require_space(folder, each * (options.ingredients + 1) + 2 * _WRITE_BYTES)
     total = f"{options.ingredients} x {options.preset} {options.dtype}"
-    step(f"making {total}, {each * options.ingredients / 1e9:.2f} GB")
+    step(f"making {total}, {format_bytes(each * options.ingredients)}")
     paths = make_checkpoints(
         options.preset, folder / "runs", ingredients=options.ingredients, dtype=options.dtype,
         made=lambda number: step(f"making {total}: {number} of {options.ingredients}"),
@@ -146,7 +147,7 @@ class _Bench:
         sample, nbytes = self._sample()
         self.step("page cache: mapped and plain reads")
         warm(sample)
-        size = f"{nbytes / 1e9:.2f} GB of the checkpoints"
+        size = f"{format_bytes(nbytes)} of the checkpoints"
         repeats, threads = range(self.options.repeats), self.threads
         ceilings.mapped_read_seconds(sample, threads)
         seconds = [ceilings.mapped_read_seconds(sample, threads) for _ in repeats]
@@ -155,7 +156,7 @@ class _Bench:
         found.append(Ceiling.of("preadv, warm", f"{size} into 2 MiB buffers, {threads} threads", nbytes, seconds))
         self.step("disk: writes")
         writes = [ceilings.write_seconds(_WRITE_BYTES, threads, self.folder) for _ in repeats]
-        how = f"{_WRITE_BYTES / 1e9:.2f} GB into a reserved file, {threads} threads"
+        how = f"{format_bytes(_WRITE_BYTES)} into a reserved file, {threads} threads"
         found.append(Ceiling.of("page cache write", f"{how}, not synced", _WRITE_BYTES, [w for w, _ in writes]))
         found.append(Ceiling.of("disk write", f"{how}, synced", _WRITE_BYTES, [s for _, s in writes]))
         cold, skipped = self._cold_reads(sample, nbytes)
@@ -204,7 +205,7 @@ class _Bench:
             except (OSError, StreamsoupError) as error:
                 skipped.append(f"{name}: {error}")
                 continue
-            how = f"{nbytes / 1e9:.2f} GB dropped from the cache, {ceilings.DISK_THREADS} threads"
+            how = f"{format_bytes(nbytes)} dropped from the cache, {ceilings.DISK_THREADS} threads"
             found.append(Ceiling.of(name, how, nbytes, seconds))
         return found, skipped
 

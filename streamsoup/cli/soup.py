@@ -51,16 +51,24 @@ def add_parser(commands: Any) -> None:
         "names and dtype",
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="a new folder, or a .safetensors file")
-    recipe = parser.add_argument_group("what to make")
-    recipe.add_argument("--recipe", metavar="FILE", help="read ingredients and options from a YAML recipe")
-    recipe.add_argument(
+    _add_recipe(parser.add_argument_group("what to make"))
+    _add_sweep(parser.add_argument_group("trying several values of a parameter"))
+    add_execution_options(parser)
+    parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
+    parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death)
+
+
+def _add_recipe(group: Any) -> None:
+    group.add_argument("--recipe", metavar="FILE", help="read ingredients and options from a YAML recipe")
+    group.add_argument(
         "--coefficients",
         action="store_true",
         help="do not divide by the sum of the weights: apply them as given",
     )
-    recipe.add_argument("--method", metavar="NAME", help="how to combine them (default: linear); see below")
-    recipe.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from, for methods that want it")
-    recipe.add_argument(
+    group.add_argument("--method", metavar="NAME", help="how to combine them (default: linear); see below")
+    group.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from, for methods that want it")
+    group.add_argument(
         "-p",
         "--parameter",
         action="append",
@@ -68,38 +76,36 @@ def add_parser(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="of the method, such as density=0.3; a list is a gradient over the layers: t=[0,0.5,1]",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--importance",
         nargs="+",
         metavar="CHECKPOINT",
         help="for method fisher: how much each element of each checkpoint matters",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--include",
         action="append",
         metavar="PATTERN",
         help="combine only tensors with such names; the others are the first checkpoint's (or the base's)",
     )
-    recipe.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
-    recipe.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
-    add_output_options(recipe)
-    recipe.add_argument(
+    group.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
+    group.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    add_output_options(group)
+    group.add_argument(
         "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
     )
-    sweep = parser.add_argument_group("trying several values of a parameter")
-    sweep.add_argument(
+
+
+def _add_sweep(group: Any) -> None:
+    group.add_argument(
         "--sweep",
         metavar="[NAME=]START:STOP:STEP",
         help="make and score a soup for each value, and keep the best (NAME: alpha, of wise_ft)",
     )
-    sweep.add_argument("--score", metavar="COMMAND", help="scores a checkpoint, as in `streamsoup greedy`")
-    sweep.add_argument("--metric", metavar="KEY", help="key of the JSON that it prints")
-    sweep.add_argument("--minimize", action="store_true", help="lower is better")
-    sweep.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
-    add_execution_options(parser)
-    parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
-    parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death)
+    group.add_argument("--score", metavar="COMMAND", help="scores a checkpoint, as in `streamsoup greedy`")
+    group.add_argument("--metric", metavar="KEY", help="key of the JSON that it prints")
+    group.add_argument("--minimize", action="store_true", help="lower is better")
+    group.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
 
 
 def run(args: argparse.Namespace) -> int:
