@@ -28,12 +28,18 @@ def test_the_numbers_are_the_same_for_every_tensor():
 
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=80))
 def test_the_divisor_is_the_exact_sum_to_106_bits(weights):
+    assume(len(set(weights)) > 1)
     numbers = linear(weights, normalize=True).numbers
     exact = sum(map(Fraction, weights))
     high, low = map(Fraction, numbers.divisor)
     assert numbers.weights == tuple(weights)
     assert float(exact) == numbers.divisor[0]
     assert abs(high + low - exact) <= exact / 2**105
+
+
+@given(weight=finite.filter(bool), count=st.integers(1, 80))
+def test_equal_weights_are_ones(weight, count):
+    assert linear([weight] * count, normalize=True) == linear([1.0] * count, normalize=True)
 
 
 @given(weights=st.lists(finite, min_size=1, max_size=20))

@@ -331,6 +331,25 @@ def test_weights_that_add_up_to_round_ones_leave_no_trace(tmp_path, steps, place
     assert mean_equals_soup(running, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("weight", [0.3, 3.0, 0.5])
+@pytest.mark.parametrize("sums_dtype", ["float64", "float32"])
+def test_equal_weights_have_the_bits_of_their_mean_though_the_sum_holds_multiples(tmp_path, dtype, weight, sums_dtype):
+    runs = fine_tunes(tmp_path / "runs", 4, dtype=dtype)
+    running = streamsoup.RunningSoup(runs, budget_bytes=BUDGET, sums_dtype=sums_dtype)
+    for path in runs[:3]:
+        candidate = running.candidate(path, weight)
+        candidate.write(tmp_path / "candidate")
+        running.add(path, weight)
+        assert mean_equals_soup(running, tmp_path)
+        ones = [m.path for m in candidate.members]
+        streamsoup.soup(ones, tmp_path / "ones", overwrite=True)
+        if candidate.is_exact:
+            assert same_bits(read_checkpoint(tmp_path / "candidate"), read_checkpoint(tmp_path / "ones"))
+    running.add(runs[3], weight / 2).add(runs[3], weight / 2)
+    assert mean_equals_soup(running, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 def test_zeros_keep_their_sign_when_others_leave(tmp_path, dtype):
     kind = any_bits(np.random.default_rng(0), dtype, (1,)).dtype

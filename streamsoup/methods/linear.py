@@ -35,7 +35,7 @@ class Linear(MethodBase):
 
 
 def linear(weights: Sequence[float], *, normalize: bool, name: str = "weighted") -> Linear:
-    """Make a method of weights (divided by their exact sum) or coefficients (applied as given).
+    """Make a method of weights (divided by their exact sum; equal ones are ones) or coefficients (applied as given).
 
     Raises
     ------
@@ -55,6 +55,9 @@ def linear(weights: Sequence[float], *, normalize: bool, name: str = "weighted")
             f"The weights cancel: their sum is {float(total):g}, their magnitudes add up to {float(magnitude):g}. "
             "Change the weights, or give coefficients, which are not divided by their sum."
         )
+    if all(w == weights[0] for w in weights):
+        # Their mean: no product is rounded, so that what lies midway between two numbers of the output stays there.
+        return Linear(name, Coefficients((1.0,) * len(weights), (float(len(weights)), 0.0)))
     scale = _power_of_two(max(abs(w) for w in weights))
     total *= scale
     high = float(total)

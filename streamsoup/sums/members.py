@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from streamsoup.errors import RecipeError
+from streamsoup.methods import Coefficients, linear
 
 # Weights beyond 2^±100 might overflow a sum whose quotient does not.
 _LARGEST_EXPONENT = 100
@@ -41,6 +42,20 @@ def divisor_of(members: Sequence[Member]) -> tuple[float, float]:
     total = sum((Fraction(m.weight) for m in members), Fraction(0))
     high = float(total)
     return high, float(total - Fraction(high))
+
+
+def numbers_of(members: Sequence[Member]) -> Coefficients:
+    """Coefficients of their soup, which are those of the recipe."""
+    return linear([m.weight for m in members], normalize=True).numbers
+
+
+def is_multiple(members: Sequence[Member]) -> bool:
+    """Whether their sum holds multiples of what their soup adds, since equal weights are ones there.
+
+    With powers of two the bits are the same.
+    """
+    weights = tuple(m.weight for m in members)
+    return numbers_of(members).weights != weights and math.frexp(weights[0])[0] != 0.5
 
 
 def checked_weight(weight: float) -> float:

@@ -27,7 +27,7 @@ from streamsoup.pool import Pool, PoolOptions
 from streamsoup.read import Source, open_source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import GenerationStore
-from streamsoup.sums.members import Member, checked_weight, divisor_of, merge
+from streamsoup.sums.members import Member, checked_weight, divisor_of, is_multiple, merge, numbers_of
 from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
 from streamsoup.units import format_binary
 
@@ -39,7 +39,9 @@ class RunningSoup:
 
     The sum is always, bit for bit, what adding its members in order (of first entry, with merged weights) would give:
     `mean` is the soup that ``streamsoup soup`` makes of that recipe, whatever was tried, added or removed before.
-    Where float64 rounding would make a difference, the sum is made anew from its members.
+    Where float64 rounding would make a difference, the sum is made anew from its members. Give weights 1 rather than
+    0.3 each: a soup of equal weights is their plain mean, and mostly not the sum of multiples that was kept, so that
+    its members are read again.
 
     Parameters
     ----------
@@ -217,7 +219,7 @@ class RunningSoup:
         members = merge(self.members, name, math.copysign(checked_weight(abs(weight)), weight))
         if not members:
             raise RecipeError(f"{path}: without it the soup would be empty. Keep one ingredient at least.")
-        if not self.members:
+        if not self.members or not self._divides(members, self._entering(members, name, weight)):
             return self.candidate_of(members)
         exact = self.is_exact and name not in {m.path for m in self.members}
         if self.pool.sum_dtype.name == "PAIR" and self._narrow([m.path for m in members]).any():
@@ -235,7 +237,7 @@ class RunningSoup:
         """
         if not self.members:
             raise RecipeError("The running soup is empty. Add an ingredient first.")
-        if not self.is_exact:
+        if not self.is_exact or not self._divides(self.members, self._entered):
             return self.candidate_of(self.members)
         return Candidate(
             self, self.members, (self._sum,), Coefficients((1.0,), divisor_of(self.members)), is_exact=True
@@ -248,16 +250,12 @@ class RunningSoup:
     def candidate_of(self, members: tuple[Member, ...]) -> Candidate:
         """Return the soup of any members, to be made from them and not from the sum."""
         checkpoints = tuple(self.pool.open(m.path) for m in members)
-        numbers = Coefficients(tuple(m.weight for m in members), divisor_of(members))
-        return Candidate(self, members, checkpoints, numbers, is_exact=True)
+        return Candidate(self, members, checkpoints, numbers_of(members), is_exact=True)
 
     def _change(self, path: str, weight: float) -> RunningSoup:
         members = merge(self.members, path, weight)
         new = path not in {m.path for m in self.members} and weight > 0
-        entered = {**self._entered}
-        # The merged weight counts too: the recipe adds it at once.
-        for name, weights in ((path, (weight,)), *((m.path, (m.weight,)) for m in members)):
-            entered[name] = entered[name].also(*weights) if name in entered else Entered.of(*weights)
+        entered = self._entering(members, path, weight)
         if self.members and not new and not self._commutes(entered):
             return self.rebuild(members)
         self._repair()
@@ -270,6 +268,18 @@ class RunningSoup:
         self._fold(operands, numbers, members)
         self._entered = entered
         return self
+
+    def _entering(self, members: tuple[Member, ...], path: str, weight: float) -> dict[str, Entered]:
+        """With which weights ingredients entered once one more has."""
+        entered = {**self._entered}
+        # The merged weight counts too: the recipe adds it at once.
+        for name, weights in ((path, (weight,)), *((m.path, (m.weight,)) for m in members)):
+            entered[name] = entered[name].also(*weights) if name in entered else Entered.of(*weights)
+        return entered
+
+    def _divides(self, members: tuple[Member, ...], entered: dict[str, Entered]) -> bool:
+        """Whether the sum is that of their soup, or an exact multiple with an exact divisor."""
+        return not is_multiple(members) or (divisor_of(members)[1] == 0.0 and self._commutes(entered))
 
     def _commutes(self, entered: dict[str, Entered]) -> bool:
         digits = _DIGITS.get(self.pool.sum_dtype.name)
