@@ -19,6 +19,8 @@ from streamsoup.maps import PAGE_BYTES, FileMap
 SAMPLE_BYTES = 256
 _AT_ONCE = 4096
 _PROBED_BYTES = 1 << 20
+# To ask of one page takes Python as long as the kernel takes for so many at once.
+_PAGES_A_QUESTION = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardI
             stat = os.fstat(fd)
             _expect_unchanged(shard, stat)
             with contextlib.closing(FileMap(shard.path, stat.st_size)) as mapped:
-                all_cached = bool((mapped.resident_shares(_PROBED_BYTES) == 1).all())
+                many = stat.st_size < len(begins) * _PAGES_A_QUESTION * PAGE_BYTES
+                all_cached = many and bool((mapped.resident_shares(_PROBED_BYTES) == 1).all())
                 for sample in _read_samples(fd, begins, ends, (lambda _: True) if all_cached else mapped.resident):
                     digest.update(sample)
         finally:
