@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from streamsoup.greedy_cook import greedy as greedy
     from streamsoup.greedy_cook import resume_greedy as resume_greedy
     from streamsoup.greedy_job import GreedyResult as GreedyResult
+    from streamsoup.learning import LearnResult as LearnResult
+    from streamsoup.learning import learn as learn
     from streamsoup.outcome import Progress as Progress
     from streamsoup.recipe import Ingredient as Ingredient
     from streamsoup.recipe import Recipe as Recipe
@@ -41,6 +43,7 @@ _HOMES = {
     "Execution": "execution",
     "GreedyResult": "greedy_job",
     "Ingredient": "recipe",
+    "LearnResult": "learning",
     "Progress": "outcome",
     "Recipe": "recipe",
     "RunningSoup": "sums",
@@ -49,6 +52,7 @@ _HOMES = {
     "compare": "comparison",
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
+    "learn": "learning",
     "plan_soup": "cook",
     "read_recipe": "recipe",
     "resume": "cook",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,15 @@ from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
 from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
-from streamsoup.comparison_gathering import Gathered, TensorFigures, layer_name
+from streamsoup.comparison_gathering import Gathered, TensorFigures
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
 from streamsoup.execution import Execution, compile_notice
+from streamsoup.layers import layer_name
 from streamsoup.manifest import content_digests
 from streamsoup.measurement import held_bytes
-from streamsoup.methods.base import MethodBase
-from streamsoup.methods.protocol import Coefficients, TensorInfo
+from streamsoup.methods.looking import Looking
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import MOST_MEASURED, Plan
 from streamsoup.planner import make_plan, tensor_bytes
@@ -254,7 +254,7 @@ def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan
     kept = 8 * (3 * count + 5) * len(table) + 2 * 8 * count * count * (layers + 1)
     plan = make_plan(
         checkpoints,
-        _Survey(count),
+        Looking(count),
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
         workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
         staged=mode == "plain" or execution.device != "cpu",
@@ -262,19 +262,6 @@ def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan
         reserved_bytes=kept + MOST_MEASURED * held_bytes(count),
     )
     return plan, mode
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey(MethodBase):
-    """Stands in the place of a method in the plan of a run that combines nothing."""
-
-    checkpoints: int
-
-    name: ClassVar[str] = "survey"
-
-    def merge(self, tensor: TensorInfo, known: Any) -> Coefficients:
-        """See `Method`."""
-        return Coefficients((1.0,) * self.checkpoints)
 
 
 def _conclude(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import TensorTable
 from streamsoup.comparison_figures import Figures, Numbers, plain
-from streamsoup.layers import layer_of
+from streamsoup.layers import layer_name
 from streamsoup.measurement import Surveyed, SurveyMeasurement, TreeSum
 from streamsoup.plan import Plan
 
@@ -211,9 +211,3 @@ class _Layers:
             number = numbers[name]
             self.of[tensor] = number, self.sizes[number]
             self.sizes[number] += 1
-
-
-def layer_name(name: str) -> str:
-    """Name the layer of a tensor: its stack and number; or its module, where there is none."""
-    layer = layer_of(name)
-    return name.rpartition(".")[0] or name if layer is None else f"{layer[0]}{layer[1]}"

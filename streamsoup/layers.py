@@ -18,6 +18,12 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return (name[: match.start(1)], int(match[1])) if match else None
 
 
+def layer_name(name: str) -> str:
+    """Name the layer of a tensor: its stack and number; or its module, where there is none."""
+    layer = layer_of(name)
+    return name.rpartition(".")[0] or name if layer is None else f"{layer[0]}{layer[1]}"
+
+
 def stacks_of(names: Iterable[str]) -> dict[str, int]:
     """Return how many layers each stack has: its highest number and one."""
     counts: dict[str, int] = {}

@@ -19,7 +19,8 @@ from streamsoup.errors import RecipeError
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.layout import Layout
 from streamsoup.merging import reduce_all
-from streamsoup.methods import Coefficients, Linear
+from streamsoup.methods import Coefficients, Linear, Method
+from streamsoup.methods.looking import Looking
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan
 from streamsoup.planner import make_plan, tensor_bytes
@@ -93,7 +94,9 @@ class Pool:
         self.checkpoints: dict[str, Checkpoint] = dict(zip(self.paths, open_checkpoints(self.paths), strict=True))
         self.mode = choose_mode(list(self.checkpoints.values()), self.options.read_mode)
         self.budget_bytes = self.options.budget_bytes or default_budget_bytes()
-        self._whole = self._plan(list(self.checkpoints.values()), Coefficients((1.0,) * len(self.checkpoints)))
+        self._whole = self._plan(
+            list(self.checkpoints.values()), Linear("linear", Coefficients((1.0,) * len(self.paths)))
+        )
         dtypes = {DTYPES[i] for c in self.checkpoints.values() for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(self.out_dtypes.tolist())}
         self.is_wide = any(d.is_wide for d in dtypes)
@@ -178,12 +181,17 @@ class Pool:
         `reserved_bytes`, `buffer_itemsize`: what of the budget a running sum takes, and its buffers; see `TileNeeds`.
         """
         out_dtypes = self.sum_dtypes if to_sum else self.out_dtypes
-        return self._plan(checkpoints, numbers, out_dtypes, self.layout, reserved_bytes, buffer_itemsize)
+        method = Linear("linear", numbers)
+        return self._plan(checkpoints, method, out_dtypes, self.layout, reserved_bytes, buffer_itemsize)
+
+    def plan_to_measure(self, checkpoints: Sequence[Checkpoint], *, reserved_bytes: int = 0) -> Plan:
+        """Plan to measure checkpoints (or something held, and checkpoints), and combine nothing."""
+        return self._plan(checkpoints, Looking(len(checkpoints)), self.out_dtypes, self.layout, reserved_bytes)
 
     def _plan(
         self,
         checkpoints: Sequence[Checkpoint],
-        numbers: Coefficients,
+        method: Method,
         out_dtypes: npt.NDArray[np.uint8] | None = None,
         layout: Layout | None = None,
         reserved_bytes: int = 0,
@@ -192,7 +200,7 @@ class Pool:
         options = self.options
         return make_plan(
             checkpoints,
-            Linear("linear", numbers),
+            method,
             dtype=options.dtype,
             shard_bytes=options.shard_bytes,
             out_dtypes=out_dtypes,
@@ -205,10 +213,10 @@ class Pool:
             buffer_itemsize=buffer_itemsize,
         )
 
-    def prepare(self) -> None:
-        """Import and compile what runs need."""
-        if not self._prepared:
-            self.backend.prepare(wide=self.is_wide, fp8=self._is_fp8)
+    def prepare(self, *, measured: bool = False) -> None:
+        """Import and compile what runs (and measurements) need."""
+        if measured or not self._prepared:
+            self.backend.prepare(wide=self.is_wide, fp8=self._is_fp8, measured=measured)
             self._prepared = True
 
     def run_tensor(self, plan: Plan, sources: Sequence[Source], sink: Sink, tensor: int) -> Outcome:

@@ -107,7 +107,7 @@ class TileWork:
         if not plan.is_averaged(tile.tensor):
             self._copy(slot, tile, places, began)
         elif plan.method.fixed:
-            self._average(slot, tile, places, began)
+            self._average(slot, tile, self._numbers(tile.tensor), places, began)
         else:
             self._merge(slot, tile, places, began)
         self._drop(places)
@@ -199,10 +199,14 @@ class TileWork:
         )
         self._record(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
 
-    def _average(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+    def _numbers(self, tensor: int) -> Coefficients:
+        rule = self.rules.get(tensor)
+        return rule if isinstance(rule, Coefficients) else self._plan.numbers(tensor)
+
+    def _average(self, slot: Slot, tile: Tile, numbers: Coefficients, places: Sequence[Place], began: float) -> None:
         """Combine a tile by numbers that are known beforehand, a group of ingredients at a time."""
         plan = self._plan
-        blend = self._blend(tile.tensor, plan.numbers(tile.tensor))
+        blend = self._blend(tile.tensor, numbers)
         room = self._room(tile, blend)
         token, read = None, time.perf_counter() - began
         for first in range(0, len(blend.weights), plan.tiling.group):

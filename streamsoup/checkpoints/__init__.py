@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Sequence
 
+from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
@@ -15,10 +16,12 @@ from streamsoup.errors import CheckpointNotFoundError
 
 __all__ = [
     "Checkpoint",
+    "HeldCheckpoint",
     "Shard",
     "TensorTable",
     "expand_paths",
     "expect_identity",
+    "held_like",
     "identify",
     "identity_key",
     "identity_to_json",

@@ -3,7 +3,8 @@
 A setting is a number (or true, false, a word); a list of numbers, a gradient over the layers of the network, between
 which values are interpolated; or a list of conditions, of which the first that fits a tensor's name counts:
 ``{pattern: "*.mlp.*", value: 0.3}`` (a shell pattern for the whole name), ``{filter: mlp, value: 0.3}`` (a part of the
-name, as mergekit writes it), ``{value: 0.5}`` (for all others).
+name, as mergekit writes it), ``{tensors: {lm_head.weight: 0.3, ...}}`` (values by whole names), ``{value: 0.5}`` (for
+all others).
 """
 
 from __future__ import annotations
@@ -114,6 +115,9 @@ class Parameters:
         """
         found = []
         for name, condition in self._conditions():
+            if "tensors" in condition:
+                found.append((f"{name} by tensor", _count_listed(name, condition["tensors"], names)))
+                continue
             count = sum(_fits(condition, tensor) for tensor in names)
             text = f"{name} {_describe(condition)}: {condition['value']}"
             if not count:
@@ -125,7 +129,7 @@ class Parameters:
         for source in (self.shared, *self.each):
             for name, setting in source.items():
                 for condition in setting if isinstance(setting, list | tuple) else ():
-                    if isinstance(condition, Mapping) and ("pattern" in condition or "filter" in condition):
+                    if isinstance(condition, Mapping) and condition.keys() & {"pattern", "filter", "tensors"}:
                         yield name, condition
 
 
@@ -157,6 +161,9 @@ def _check(name: str, setting: Setting) -> None:
     if not setting:
         raise RecipeError(f"{name}: an empty list says nothing. Give a number or conditions.")
     for condition in setting:
+        if isinstance(condition, Mapping) and "tensors" in condition:
+            _check_table(name, condition)
+            continue
         if not isinstance(condition, Mapping) or "value" not in condition:
             raise RecipeError(
                 f"{name}: {condition!r} is neither a number of a gradient nor a condition with 'value' and 'pattern'."
@@ -167,6 +174,21 @@ def _check(name: str, setting: Setting) -> None:
             raise RecipeError(f"{name}: a condition has a pattern or a filter, not both.")
         if isinstance(condition["value"], list) and not _is_gradient(condition["value"]):
             raise RecipeError(f"{name}: the value of a condition is a number, a word or a gradient of numbers.")
+
+
+def _check_table(name: str, condition: Mapping[str, Any]) -> None:
+    table = condition["tensors"]
+    if len(condition) > 1 or not isinstance(table, Mapping) or not table:
+        raise RecipeError(f"{name}: 'tensors' stands alone in a condition, with values by the names of tensors.")
+    for tensor, value in table.items():
+        if isinstance(value, list | Mapping):
+            raise RecipeError(f"{name}: the value for {tensor} is a number or a word, not {value!r}.")
+
+
+def _count_listed(name: str, table: Mapping[str, Any], names: Sequence[str]) -> int:
+    if unknown := sorted(table.keys() - set(names)):
+        raise RecipeError(f"{name} by tensor: there is no tensor {unknown[0]}. Correct the name or leave it out.")
+    return len(table)
 
 
 def _is_gradient(setting: Setting) -> bool:
@@ -198,4 +220,10 @@ def _evaluate(name: str, setting: Setting, tensor: TensorInfo) -> Any:
         low = int(scaled)
         high = min(low + 1, len(setting) - 1)
         return (1 - (scaled - low)) * setting[low] + (scaled - low) * setting[high]
-    return next((_evaluate(name, c["value"], tensor) for c in setting if _fits(c, tensor.name)), None)
+    for condition in setting:
+        if "tensors" in condition:
+            if (found := condition["tensors"].get(tensor.name)) is not None:
+                return found
+        elif _fits(condition, tensor.name):
+            return _evaluate(name, condition["value"], tensor)
+    return None

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.candidate import Candidate
-from streamsoup.checkpoints import Checkpoint, identify, identity_key, identity_to_json
+from streamsoup.checkpoints import Checkpoint, held_like, identify, identity_key, identity_to_json
 from streamsoup.errors import BudgetError, ChangedIngredientError, DestinationError, RecipeError, ResumeError
 from streamsoup.files import lock_folder
 from streamsoup.manifest import content_digests
@@ -28,7 +28,7 @@ from streamsoup.read import Source, open_source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import GenerationStore
 from streamsoup.sums.members import Member, checked_weight, divisor_of, is_multiple, merge, numbers_of
-from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers, sum_checkpoint
+from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers
 from streamsoup.units import format_binary
 
 _DIGITS = {"SUM64": 53, "SUM32": 24}
@@ -89,7 +89,7 @@ class RunningSoup:
     ) -> None:
         paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
         self.pool = pool or Pool(paths, PoolOptions(**options))
-        self._sum = sum_checkpoint(self.pool.first, self.pool.sum_dtypes)
+        self._sum = held_like(self.pool.first, self.pool.sum_dtypes, "the running sum")
         self._reserved_bytes = self._buffer_itemsize = 0
         self._give_back: Callable[[], object] | None = None
         self._store = self._make_store(folder, existing=existing)

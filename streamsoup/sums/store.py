@@ -5,38 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints import Checkpoint, Shard, TensorTable
+from streamsoup.checkpoints import TensorTable
 from streamsoup.errors import StreamsoupError
 from streamsoup.maps import address_of
 from streamsoup.read import Source
 from streamsoup.write import Sink
-
-
-@dataclass(frozen=True)
-class SumCheckpoint:
-    """A running sum as an ingredient (see `Checkpoint`): the names and shapes of the first, dtypes of sums."""
-
-    table: TensorTable
-    path: str = "the running sum"
-    folder: Path | None = None
-    shards: tuple[Shard, ...] = ()
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """No free text."""
-        return {}
-
-
-def sum_checkpoint(like: Checkpoint, dtypes: npt.NDArray[np.uint8]) -> SumCheckpoint:
-    """Describe the running sum of checkpoints like this one."""
-    table = like.table
-    return SumCheckpoint(TensorTable(table.names, dtypes, table.dims, table.dim_starts, table.shards, table.begins))
 
 
 class SumStore(Protocol):

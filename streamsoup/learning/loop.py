@@ -1,0 +1,157 @@
+"""Learned soups: gradients of the mixing coefficients, streamed.
+
+At θ = Σ αᵢ θᵢ the derivative of a loss by αᵢ is ⟨∇L(θ), θᵢ⟩. A step is one forward and backward pass of the network at
+the soup, and a pass over the ingredients (see `streamsoup.learning.passes`): no more than the network, its gradient and
+the budget is held, however many ingredients there are.
+
+Source: Wortsman et al. 2022, arXiv 2203.05482, appendix I.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from streamsoup.errors import RecipeError
+from streamsoup.learning.job import LearnJob, StepRecord
+from streamsoup.learning.mixture import Mixture, Numbers
+from streamsoup.learning.network import Network
+from streamsoup.learning.passes import Passes
+from streamsoup.learning.state import Standing, StateFile
+
+
+@dataclass
+class LearningLoop:
+    """One learned soup in the making.
+
+    Attributes
+    ----------
+    job : LearnJob
+    network : Network
+    passes : Passes
+    mixture : Mixture
+    state : StateFile
+    standing : Standing
+    batches, held_out : iterables of pairs of inputs and targets
+    on_step : callable taking a StepRecord, optional
+    """
+
+    job: LearnJob
+    network: Network
+    passes: Passes
+    mixture: Mixture
+    state: StateFile
+    standing: Standing
+    batches: Iterable[Any]
+    held_out: Iterable[Any] | None
+    on_step: Callable[[StepRecord], None] | None = None
+
+    def run(self) -> tuple[Numbers, float | None]:
+        """Learn; returns coefficients and temperature. The module then holds their soup.
+
+        Raises
+        ------
+        StreamsoupError
+        """
+        standing = self.standing
+        if standing.mixture:
+            self.mixture.load(standing.mixture)
+        formed = self.mixture.all_coefficients()
+        self.passes.form(formed)
+        if self.held_out is not None and standing.best is None:
+            self._evaluate(0)
+        while standing.epoch < self.job.epochs and not self._is_enough:
+            self._epoch()
+        formed = self.mixture.all_coefficients()
+        if standing.best is None:
+            return formed, self._temperature
+        if not np.array_equal(standing.best, formed):
+            self.passes.form(standing.best)
+        return standing.best, standing.best_temperature
+
+    @property
+    def _temperature(self) -> float | None:
+        beta = self.mixture.temperature
+        return None if beta is None else float(beta.detach())
+
+    @property
+    def _is_enough(self) -> bool:
+        return self.job.patience is not None and self.standing.without_progress >= self.job.patience
+
+    def _epoch(self) -> None:
+        standing = self.standing
+        chunks = _chunks(_in_order(self.batches, (self.job.seed, standing.epoch)), self.job.accumulate)
+        chunk = next(islice(chunks, standing.chunk, None), None)
+        if chunk is None:
+            raise RecipeError(
+                f"An epoch has no more than {standing.chunk} steps of {self.job.accumulate} batches, and another is to "
+                "be made. Give a list, or an iterable that can be begun anew and is the same each time."
+            )
+        while chunk is not None:
+            following = next(chunks, None)
+            self._step(chunk, last=following is None)
+            chunk = following
+
+    def _step(self, chunk: Sequence[Any], *, last: bool) -> None:
+        began, read = time.perf_counter(), self.passes.bytes_read
+        standing, beta = self.standing, self.mixture.temperature
+        if standing.epoch == 0:
+            standing.examples = _more_examples(standing.examples, chunk)
+        loss = self.network.backward(chunk, beta, (self.job.seed, standing.epoch, standing.chunk))
+        self.mixture.update_temperature()
+        self.passes.step(self.network.gradient(), self.mixture.update)
+        number = len(standing.steps) + 1
+        held_out = self._evaluate(number) if last and self.held_out is not None else None
+        record = StepRecord(
+            step=number,
+            epoch=standing.epoch + 1,
+            loss=loss,
+            temperature=self._temperature,
+            held_out=held_out,
+            seconds=time.perf_counter() - began,
+            bytes_read=self.passes.bytes_read - read,
+        )
+        standing.steps.append(record)
+        standing.epoch, standing.chunk = (standing.epoch + 1, 0) if last else (standing.epoch, standing.chunk + 1)
+        standing.mixture = self.mixture.state()
+        self.state.save(standing)
+        if self.on_step is not None:
+            self.on_step(record)
+
+    def _evaluate(self, step: int) -> float:
+        """Look at the held-out loss of the soup that is formed after a step, and remember the best."""
+        standing = self.standing
+        loss = self.network.evaluate(self.held_out, self.mixture.temperature)
+        if standing.best_loss is None or loss < standing.best_loss:
+            standing.best, standing.best_loss = self.mixture.all_coefficients(), loss
+            standing.best_temperature, standing.without_progress = self._temperature, 0
+            standing.best_step = step
+        else:
+            standing.without_progress += 1
+        return loss
+
+
+def _in_order(batches: Iterable[Any], seed: tuple[int, int]) -> Iterator[Any]:
+    """Go through batches: a sequence in an order of the seed and epoch, anything else in its own."""
+    if not isinstance(batches, Sequence):
+        yield from batches
+        return
+    for number in np.random.default_rng(seed).permutation(len(batches)).tolist():
+        yield batches[number]
+
+
+def _chunks(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(islice(batches, size)):
+        yield chunk
+
+
+def _more_examples(so_far: int | None, chunk: Sequence[Any]) -> int | None:
+    try:
+        return None if so_far is None else so_far + sum(len(targets) for _, targets in chunk)
+    except (TypeError, ValueError):
+        return None
