@@ -7,7 +7,6 @@ tensor is a few numbers for each ingredient.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
 from streamsoup.execution import Execution, compile_notice
+from streamsoup.labels import short_labels
 from streamsoup.layers import layer_name
 from streamsoup.manifest import content_digests
 from streamsoup.measurement import held_bytes
@@ -103,7 +103,7 @@ class Comparison:
     @property
     def labels(self) -> tuple[str, ...]:
         """Short names of the ingredients: the last parts of their paths that tell them apart."""
-        return _labels(self.ingredients)
+        return short_labels(self.ingredients)
 
     @property
     def identical_parameters(self) -> int:
@@ -311,12 +311,3 @@ def _conclude(
         read_mode=read_mode,
         device=device,
     )
-
-
-def _labels(paths: Sequence[str]) -> tuple[str, ...]:
-    parts = [[p for p in os.path.normpath(path).split(os.sep) if p] for path in paths]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        found = [os.sep.join(p[-length:]) for p in parts]
-        if len(set(found)) == len(set(paths)):
-            return tuple(found)
-    return tuple(paths)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from streamsoup._version import __version__
-from streamsoup.cli import bench, greedy, inspect, mergekit, soup
+from streamsoup.cli import bench, greedy, inspect, learn, mergekit, soup
 from streamsoup.cli.guard import run_command
 
 _DESCRIPTION = """\
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamsoup {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (soup, mergekit, greedy, inspect, bench):
+    for module in (soup, mergekit, greedy, learn, inspect, bench):
         module.add_parser(commands)
     return parser
 

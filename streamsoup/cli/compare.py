@@ -8,11 +8,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamsoup.cli.options import add_running_options
+from streamsoup.cli.tables import table
 from streamsoup.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _MOST_COLUMNS = 12
 _MOST_LAYERS = 5
-_LEAST_NAME, _MOST_NAME = 8, 20
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -195,40 +194,6 @@ def _tensors(found: Comparison, width: int) -> list[str]:
 def share(value: float) -> str:
     """Write a share."""
     return "-" if math.isnan(value) else f"{value:.3%}"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Align columns: the first to the left and, where the line is too long, shortened in its middle.
-
-    A last column without a head is text; it goes to a line of its own where it does not fit.
-    """
-    from streamsoup.cli.guard import printable
-
-    lines = [list(heads), *([printable(cell) for cell in row] for row in rows)]
-    remarks = [""] * len(lines)
-    if len(heads) > 1 and not heads[-1]:
-        remarks = [line.pop() for line in lines]
-    columns = [max(len(line[c]) for line in lines) for c in range(1, len(lines[0]))]
-    longest = max(len(line[0]) for line in lines)
-    gap = 2 if sum(columns) + 2 * len(columns) + min(longest, _MOST_NAME) + 2 <= width else 1
-    side = min(longest, max(_LEAST_NAME, width - sum(columns) - gap * (len(columns) + 1)))
-    found = []
-    for line, remark in zip(lines, remarks, strict=True):
-        cells = [f"{shortened(line[0], side):<{side}}", *(f"{c:>{w}}" for c, w in zip(line[1:], columns, strict=True))]
-        text = " " * gap + (" " * gap).join(cells)
-        fits = not remark or len(text) + 2 + len(remark) <= width
-        found.append(f"{text}  {remark}".rstrip() if fits else text.rstrip())
-        if not fits:
-            found.append(f"    {remark}")
-    return found
-
-
-def shortened(text: str, width: int) -> str:
-    """Leave out the middle of a text that is too long."""
-    if len(text) <= width:
-        return text
-    tail = (width - 2) * 2 // 3
-    return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
 
 
 __all__ = ["add_options", "refuse_options", "run"]

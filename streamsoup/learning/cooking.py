@@ -7,28 +7,28 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.budget import PeakSampler
 from streamsoup.checkpoints import expand_paths, identify, identity_to_json, verify_unchanged
 from streamsoup.cook import cook
-from streamsoup.errors import RecipeError, ResumeError
-from streamsoup.execution import Execution
+from streamsoup.errors import ResumeError
+from streamsoup.execution import Execution, compile_notice
 from streamsoup.files import lock_folder, require_space_at, write_durably, writing_to
-from streamsoup.greedy_job import GreedyResult
 from streamsoup.learning.groups import By, Group, make_groups
 from streamsoup.learning.job import LearnJob, LearnResult, StepRecord, recipe_of, warn_of_few
 from streamsoup.learning.loop import LearningLoop
 from streamsoup.learning.mixture import MakeOptimizer, Mixture, Numbers, optimizer_named
 from streamsoup.learning.network import Forward, LossFunction, Network, call_module
+from streamsoup.learning.options import Init, make_learn_job
 from streamsoup.learning.passes import Passes, reserved_bytes
 from streamsoup.learning.state import STATE_NAMES, StateFile
 from streamsoup.methods import Coefficients
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
-from streamsoup.pool import Pool, PoolOptions
+from streamsoup.pool import Pool
 from streamsoup.read import open_sources
 from streamsoup.sinks import ModuleSink
 from streamsoup.workspace import Workspace, check_destination, destination_of
@@ -36,8 +36,6 @@ from streamsoup.workspace import Workspace, check_destination, destination_of
 if TYPE_CHECKING:
     import torch
 
-Init = str | GreedyResult | Mapping[str, float] | Sequence[float]
-_OF_JOB = ("parametrisation", "temperature", "lr", "weight_decay", "epochs", "accumulate", "seed", "patience")
 _RESULT_NAME = "learned.json"
 
 
@@ -59,6 +57,7 @@ def learn(
     overwrite: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    on_compile: Callable[[], None] | None = None,
     **options: Any,
 ) -> LearnResult:
     """Learn mixing coefficients on held-out data by gradient descent, and make the soup of them.
@@ -79,8 +78,9 @@ def learn(
         A new folder, or a ``.safetensors`` file, for the soup.
     by : {"model", "layer", "tensor"} or sequence of shell patterns
         Which tensors have coefficients of their own.
-    init : "uniform", GreedyResult, mapping of paths to weights, or sequence of weights
-        Where to begin. Weights are divided by their sum.
+    init : "uniform", path, GreedyResult, mapping of paths to weights, or sequence of weights
+        Where to begin: a path is that of a soup whose recipe has weights, such as a greedy soup. Weights are divided by
+        their sum.
     restrict : bool
         Leave out ingredients whose weight is zero at the beginning: the last polish of a greedy soup.
     held_out : iterable of (inputs, targets), optional
@@ -99,6 +99,8 @@ def learn(
     on_step : callable taking a StepRecord, optional
         Called after each step.
     progress : callable taking a Progress, optional
+    on_compile : callable, optional
+        Called once if kernels must be compiled.
     **options
         ``parametrisation`` ("softmax" or "free"), ``temperature`` (learn β, by which logits are multiplied; default
         True), ``lr`` (0.1), ``weight_decay`` (0), ``epochs`` (3), ``accumulate`` (batches to a step, 1), ``seed`` (0),
@@ -122,7 +124,7 @@ def learn(
     Source: Wortsman et al. 2022, arXiv 2203.05482, "learned soup".
     """
     paths = expand_paths([ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients])
-    job = _make_job(paths, by=by, init=init, restrict=restrict, optimizer=optimizer, options=options)
+    job = make_learn_job(paths, by=by, init=init, restrict=restrict, optimizer=optimizer, options=options)
     kitchen = _Kitchen(
         job,
         Pool(job.ingredients, job.pool, progress),
@@ -130,58 +132,10 @@ def learn(
         workdir=None if workdir is None else Path(workdir),
         overwrite=overwrite,
     )
+    with compile_notice(on_compile):
+        kitchen.pool.prepare(measured=True)
     with kitchen.at_work(restart=restart):
         return kitchen.learn(module, loss_fn, forward, batches, held_out, optimizer, on_step)
-
-
-def _make_job(
-    paths: Sequence[str],
-    *,
-    by: By,
-    init: Init,
-    restrict: bool,
-    optimizer: str | MakeOptimizer,
-    options: Mapping[str, Any],
-) -> LearnJob:
-    given = {name: value for name, value in options.items() if value is not None}
-    pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
-    own = {name: given.pop(name) for name in _OF_JOB if name in given}
-    if given:
-        raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a learned soup.")
-    start = _start(paths, init)
-    if restrict and start is not None:
-        chosen = [i for i, weight in enumerate(start) if weight]
-        paths, start = [paths[i] for i in chosen], tuple(start[i] for i in chosen)
-    return LearnJob(
-        tuple(os.path.abspath(path) for path in paths),
-        by=by if isinstance(by, str) else tuple(by),
-        init=start,
-        optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", "custom"),
-        pool=PoolOptions(**pool),
-        **own,
-    )
-
-
-def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
-    """Coefficients to begin with, that add up to one; None: equal ones."""
-    if isinstance(init, str):
-        if init != "uniform":
-            raise RecipeError(f"init: {init!r} is not 'uniform', a greedy result, or weights.")
-        return None
-    if isinstance(init, GreedyResult):
-        init = {member.path: member.weight for member in init.members}
-    if isinstance(init, Mapping):
-        weights = {os.path.abspath(path): float(weight) for path, weight in init.items()}
-        known = [os.path.abspath(path) for path in paths]
-        if unknown := sorted(weights.keys() - set(known)):
-            raise RecipeError(f"init: {unknown[0]} has a weight, but is not among the ingredients.")
-        init = [weights.get(path, 0.0) for path in known]
-    if len(init) != len(paths):
-        raise RecipeError(f"init: {len(paths)} ingredients, but {len(init)} weights. Give one for each.")
-    total = sum(init)
-    if not all(abs(w) < float("inf") for w in init) or not total > 0:
-        raise RecipeError(f"init: the weights {list(init)} must be finite, with a sum above zero.")
-    return tuple(weight / total for weight in init)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +200,6 @@ class _Kitchen:
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
         state = StateFile(self.workdir, job, identities)
         standing = state.begin(pool.checkpoints)
-        pool.prepare(measured=True)
         with (
             PeakSampler() as sampler,
             open_sources(plan.checkpoints, pool.mode) as sources,
@@ -265,7 +218,6 @@ class _Kitchen:
             sampler.sample()
         for checkpoint in plan.checkpoints:
             verify_unchanged(checkpoint)
-        free = len(groups) * (len(job.ingredients) - (job.parametrisation == "softmax"))
         result = LearnResult(
             path=None if self.out is None else destination_of(self.out).path,
             ingredients=job.ingredients,
@@ -281,7 +233,7 @@ class _Kitchen:
             projected_peak_bytes=passes.projected_peak_bytes,
             measured_peak_bytes=sampler.peak_bytes,
             seconds=time.perf_counter() - began,
-            notes=(*warn_of_few(standing.examples, free), *passes.notes),
+            notes=(*warn_of_few(standing.examples, job.free(len(groups))), *passes.notes),
         )
         self._publish(result)
         return result

@@ -75,6 +75,10 @@ class LearnJob:
         count = len(self.ingredients)
         return np.full(count, 1 / count) if self.init is None else np.array(self.init)
 
+    def free(self, groups: int) -> int:
+        """Coefficients that are free, of so many groups."""
+        return groups * (len(self.ingredients) - (self.parametrisation == "softmax"))
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:

@@ -77,7 +77,7 @@ class Passes:
         self._groups = groups
         self._sources = sources
         self._sink = sink
-        self.parts = _parts(plan, groups)
+        self.parts = join_groups(plan, groups)
         self.bytes_read = 0
         self.notes: list[str] = []
         self._digests: npt.NDArray[np.uint64] | None = None
@@ -117,7 +117,7 @@ class Passes:
         looking = self._engine(self._measuring, [*self._sources, gradient], Nowhere())
         forming = self._engine(self._plan, self._sources, self._sink)
         for number, part in enumerate(self.parts):
-            kept = not self._plan.staged and self._bytes_of(part) <= self._pool.budget_bytes
+            kept = is_kept(self._plan, self._groups, part)
             products = self._measure(looking, part, gradient, keep=kept)
             if not np.isfinite(products).all():
                 raise NonFiniteError(
@@ -125,14 +125,11 @@ class Passes:
                     "Lower the learning rate, or look for what the loss divides by.",
                 )
             self._form(forming, part, update(number, products), again=kept)
-        self._conclude(forming.outcome, looking.outcome)
+        self._conclude(forming.outcome)
 
     def _engine(self, plan: Plan, sources: Sequence[Source], sink: Sink) -> Engine:
         self._pool.prepare(measured=plan is self._measuring)
         return Engine(plan, self._pool.backend, sources, sink, progress=self._pool.progress)
-
-    def _bytes_of(self, part: slice) -> int:
-        return sum(self._plan.bytes_of(t) for group in self._groups[part] for t in group.tensors)
 
     def _measure(self, engine: Engine, part: slice, gradient: Gradient, *, keep: bool) -> Numbers:
         found = np.zeros((part.stop - part.start, len(self._plan.checkpoints)))
@@ -144,6 +141,7 @@ class Passes:
                     of_tensor[tensor] = of_group.setdefault(row, SumMeasurement(Sums(_products)))
         tiles = (tile for tensor in of_tensor for tile in self._measuring.tiles_of(tensor))
         engine.measure(tiles, of_tensor, keep=keep)
+        self.bytes_read += sum(map(self._plan.bytes_of, of_tensor))
         for row, measurement in of_group.items():
             found[row] = measurement.result
         return found
@@ -157,9 +155,9 @@ class Passes:
         }
         engine.run((tile for t in rules for tile in self._plan.tiles_of(t)), rules, again=again)
 
-    def _conclude(self, formed: Outcome, measured: Outcome | None = None) -> None:
+    def _conclude(self, formed: Outcome) -> None:
         self.notes = check_finite(self._plan, formed, self._pool.options.nonfinite) or self.notes
-        self.bytes_read += formed.bytes_read + (measured.bytes_read if measured else 0)
+        self.bytes_read += formed.bytes_read
         averaged = formed.digests[:, self._plan.averaged]
         if self._digests is None:
             self._digests = averaged
@@ -170,7 +168,7 @@ class Passes:
             )
 
 
-def _parts(plan: Plan, groups: Sequence[Group]) -> list[slice]:
+def join_groups(plan: Plan, groups: Sequence[Group]) -> list[slice]:
     """Join groups while their bytes fit the budget: fewer sweeps, each with more to do."""
     sizes = [sum(plan.bytes_of(t) for t in group.tensors) for group in groups]
     parts, first, held = [], 0, 0
@@ -180,6 +178,20 @@ def _parts(plan: Plan, groups: Sequence[Group]) -> list[slice]:
             first, held = number, 0
         held += size
     return [*parts, slice(first, len(groups))]
+
+
+def _bytes_of(plan: Plan, groups: Sequence[Group], part: slice) -> int:
+    return sum(plan.bytes_of(t) for group in groups[part] for t in group.tensors)
+
+
+def is_kept(plan: Plan, groups: Sequence[Group], part: slice) -> bool:
+    """Whether what measuring read of a part is in the page cache when it is formed."""
+    return not plan.staged and _bytes_of(plan, groups, part) <= plan.budget_bytes
+
+
+def readings(plan: Plan, groups: Sequence[Group], part: slice) -> int:
+    """Bytes that a step reads of a part."""
+    return _bytes_of(plan, groups, part) * (1 if is_kept(plan, groups, part) else 2)
 
 
 def reserved_bytes(pool: Pool) -> int:

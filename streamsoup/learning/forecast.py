@@ -1,0 +1,72 @@
+"""What a learned soup will take, known before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from streamsoup.checkpoints import held_like
+from streamsoup.dtypes import BY_NAME
+from streamsoup.learning.groups import make_groups
+from streamsoup.learning.job import LearnJob
+from streamsoup.learning.passes import join_groups, readings, reserved_bytes
+from streamsoup.methods import Coefficients
+from streamsoup.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class LearnForecast:
+    """What learning takes.
+
+    Attributes
+    ----------
+    ingredients, groups, coefficients : int
+        `coefficients`: that are free.
+    bytes_of_ingredients : int
+    readings_a_step : float
+        How often they are read at each step.
+    budget_bytes, projected_peak_bytes : int
+        Beside the network, its gradient and activations.
+    """
+
+    ingredients: int
+    groups: int
+    coefficients: int
+    bytes_of_ingredients: int
+    readings_a_step: float
+    budget_bytes: int
+    projected_peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def of(job: LearnJob, pool: Pool) -> LearnForecast:
+        """Forecast a job; a network that ties parameters may have fewer groups.
+
+        Raises
+        ------
+        RecipeError, BudgetError
+        """
+        checkpoints = list(pool.checkpoints.values())
+        plan = pool.plan(checkpoints, Coefficients(tuple(job.start.tolist())), reserved_bytes=reserved_bytes(pool))
+        single = np.where(pool.averaged, np.uint8(BY_NAME["F32"].index), pool.out_dtypes).astype(np.uint8)
+        measuring = pool.plan_to_measure(
+            [*checkpoints, held_like(pool.first, single, "the gradient")], reserved_bytes=reserved_bytes(pool)
+        )
+        groups = make_groups(job.by, plan.table.names, plan.averaged)
+        swept = sum(readings(plan, groups, part) for part in join_groups(plan, groups))
+        whole = sum(int(c.table.nbytes.sum()) for c in checkpoints)
+        peaks = [p.projected_peak_bytes - pool.budget_bytes // 2 for p in (plan, measuring)]
+        return LearnForecast(
+            ingredients=len(checkpoints),
+            groups=len(groups),
+            coefficients=job.free(len(groups)),
+            bytes_of_ingredients=whole,
+            readings_a_step=swept / whole if whole else 0.0,
+            budget_bytes=pool.budget_bytes,
+            projected_peak_bytes=sum(peaks),
+        )
