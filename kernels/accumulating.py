@@ -17,7 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .digest_vectors import SLOT, absorb, counters
+from .digest_vectors import absorb, counters
+from .given import SLOT
 from .vectors import F32, F64, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
 __all__ = ["add_bf16", "add_f16", "add_f32", "add_f64"]

@@ -12,21 +12,18 @@ import numba
 import numpy as np
 
 from .accumulating import add_bf16, add_f16, add_f32, add_f64
-from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE
-from .digest_vectors import SLOT
+from .codes import BF16, F16, F32, F64, ITEMSIZE
 from .exact_means import LANES, mean_bf16, mean_f16
 from .expanding import expand_f8
 from .finishing import finish
+from .given import GROUP, SLOT, STRIP
 from .hashing import block_digest, settle
 from .lanes import store_u64
 
 __all__ = [
-    "MARKS",
+    "GROUP",
     "PAUSE",
-    "PLACES",
-    "SLOTS",
-    "SPARE",
-    "STAGE",
+    "STRIP",
     "add_sources",
     "block_part",
     "digest_rest",
@@ -35,18 +32,6 @@ __all__ = [
 ]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
-
-GROUP = 8
-"""Sources read side by side."""
-
-STRIP = 512
-"""Elements of 8-bit sources that are expanded to float32 at a time."""
-
-STAGE, SPARE, MARKS = 8 * BLOCK, 8 * BLOCK + 4 * GROUP * STRIP, 16 * BLOCK + 4 * GROUP * STRIP
-PLACES = MARKS + 2 * BLOCK
-SLOTS = PLACES + 8 * GROUP
-"""Where in the scratch lie, in bytes: the sums of a block, at 0; expanded sources; a block of output, for work in
-place; marks; addresses of expanded sources; and the sources' digest sums, SLOT bytes each."""
 
 PAUSE = 15
 """Blocks for which the proof is not tried again after it failed for most of one."""

@@ -12,10 +12,7 @@ from numba.extending import intrinsic
 
 from .vectors import I32, I64, constant, load, plus, splat, store, vector
 
-__all__ = ["SLOT", "absorb", "counters", "digest_sums"]
-
-SLOT = 64
-"""Bytes of a source's two sums, four lanes each."""
+__all__ = ["absorb", "counters", "digest_sums"]
 
 _STEP = 0x9E3779B97F4A7C15
 _M64 = (1 << 64) - 1

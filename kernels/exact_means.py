@@ -20,48 +20,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .codes import BF16, F16
-from .digest_vectors import SLOT, absorb, counters
-from .rounding import MULTIPLY
+from .digest_vectors import absorb, counters
+from .given import MULTIPLY, SLOT
 from .vectors import F32, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
-__all__ = ["LANES", "limits", "mean_bf16", "mean_f16"]
+__all__ = ["LANES", "mean_bf16", "mean_f16"]
 
 LANES = 32
 """Elements that are proved, or not, together: a cache line of each source."""
 
 _SINGLES, _WORDS, _SHORTS = vector(F32, 8), vector(I32, 8), vector(I16, 16)
-
-
-def limits(sources: int, code: int, divisor: float) -> tuple[int, int, int]:
-    """Return what `mean` needs to know of a mean of numbers of one dtype, in 16-bit patterns.
-
-    Parameters
-    ----------
-    sources, code : int
-        How many numbers an element is the mean of, and their dtype.
-    divisor : float
-
-    Returns
-    -------
-    gap : int
-        How far the smallest magnitude may lie below the largest; 0 where the method does not apply.
-    top, bottom : int
-        The largest magnitude that cannot overflow, and the smallest whose quotients are normal.
-    """
-    size = abs(divisor)
-    if code not in (BF16, F16) or not (1.0 <= size < 4096.0 and size.is_integer()):
-        return 0, 0, 0
-    bits = (sources - 1).bit_length()
-    # 24 bits, less those of the mantissa and one, as a number reaches up to twice its power of two.
-    exponents = (16 if code == BF16 else 13) - bits
-    if exponents < 4:
-        # Hardly ever enough: more than 2**12 sources of bfloat16, 2**9 of float16.
-        return 0, 0, 0
-    if code == BF16:
-        return exponents << 7, (253 - bits) << 7, 21 << 7
-    room = int(size).bit_length() - 1
-    return exponents << 10, min((30 - bits + room) << 10, 0x7BFF), 0
 
 
 def _read_bf16(builder: Any, word: Any) -> list[Any]:

@@ -23,7 +23,8 @@ def encode_f8(acc, count, out, row, reals, integers):
     mantissa, nan = integers[row, 0], np.uint64(integers[row, 1])
     infinity, signed_zero = np.uint64(integers[row, 2]), integers[row, 3]
     drop = np.uint64(52 - mantissa)
-    large = 1.5 * 2.0 ** (52 - mantissa)
+    # 2.0 ** (52 - mantissa); the operator would call the C library (see `stored`).
+    large = 1.5 * as_float(np.uint64(1023 + 52 - mantissa) << np.uint64(52))
     normal_step = np.uint64(1) << np.uint64(mantissa)
     base = as_bits(smallest) >> drop
     found = 0

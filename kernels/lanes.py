@@ -11,9 +11,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 __all__ = [
+    "array_at",
     "as_bits",
     "as_float",
     "load_f16",
@@ -35,6 +38,27 @@ __all__ = [
 def pointer(builder: Any, address: Any, kind: Any) -> Any:
     """Turn an integer address into a pointer to `kind`."""
     return builder.inttoptr(address, kind.as_pointer())
+
+
+@intrinsic
+def array_at(typingctx: Any, address: Any, shape: Any, kind: Any) -> Any:
+    """View memory at an aligned address as a C-contiguous array of a numpy dtype, owned by nobody."""
+    array = types.Array(kind.dtype, len(shape), "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        element = context.get_data_type(array.dtype)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(element))
+        sizes = cgutils.unpack_tuple(builder, arguments[1], array.ndim)
+        strides = [size]
+        for rows in reversed(sizes[1:]):
+            strides.insert(0, builder.mul(strides[0], rows))
+        made = make_array(array)(context, builder)
+        populate_array(
+            made, pointer(builder, arguments[0], element), shape=sizes, strides=strides, itemsize=size, meminfo=None
+        )
+        return made._getvalue()
+
+    return array(address, shape, kind), generate
 
 
 def _loader(kind: Any, result: Any, widen: Any) -> Any:

@@ -3,91 +3,36 @@
 # numba functions cannot be annotated.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,var-annotated,untyped-decorator,call-arg"
 
-import hashlib
-import math
 import threading
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from .blocks import MARKS, PAUSE, PLACES, SLOTS, SPARE, STAGE, block_part, digest_rest, means, survey
+from .blocks import PAUSE, block_part, digest_rest, means, survey
 from .codes import BLOCK, ITEMSIZE
-from .digest_vectors import SLOT
-from .exact_means import LANES, limits
+from .exact_means import LANES
 from .finishing import inspect, move_bytes
+from .given import MARKS, PLACES, SLOTS, SPARE, STAGE
 from .hashing import block_digest
-from .lanes import load_u8, load_u64, ones, trailing_zeros
-from .rounding import DIVIDE, MULTIPLY
+from .lanes import array_at, load_u8, load_u64, ones, trailing_zeros
+from .stored import fingerprint, target_machine
 
-__all__ = [
-    "built",
-    "combine_loop",
-    "digest_loop",
-    "division",
-    "fingerprint",
-    "limits",
-    "scratch",
-    "sum_loop",
-    "wide_loop",
-]
+__all__ = ["built", "object_code", "sum_loop", "wide_loop"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
 
 
-@cache
-def fingerprint() -> int:
-    """Return a number that changes with the kernels' sources.
-
-    numba's disk cache notices an edit only in the file of the function itself, not in what that calls, but it
-    does key on closure variables: every cached kernel here closes over this one.
-    """
-    digest = hashlib.blake2b(digest_size=7)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def division(divisor: float) -> tuple[float, int]:
-    """Choose how to divide so that the bits are those of a true division.
-
-    Parameters
-    ----------
-    divisor : float
-        Divides every accumulator.
-
-    Returns
-    -------
-    reciprocal : float
-        1 / divisor where that is exact, otherwise unused.
-    mode : int
-        MULTIPLY for powers of two, whose reciprocals are exact; DIVIDE otherwise.
-    """
-    if 2.0**-500 < abs(divisor) < 2.0**500 and abs(math.frexp(divisor)[0]) == 0.5:
-        return 1.0 / divisor, MULTIPLY
-    return 1.0, DIVIDE
-
-
-def scratch(sources: int) -> NDArray[np.uint8]:
-    """Return the memory that the loop of `combine` works in.
-
-    The caller holds it: numba frees an array of its own after the last use, and taking the address is no use.
-    """
-    room = np.empty(SLOTS + SLOT * sources, np.uint8)
-    room[SLOTS:] = 0
-    return room
-
-
 _U8, _I64, _U64, _F64 = (numba.types.Array(t, 1, "C") for t in (numba.u1, numba.i8, numba.u8, numba.f8))
+# Both loops take addresses and numbers only, so that they can be called without numba too (`stored`).
 _COMBINE = numba.i8(
-    _U64, _U8, _F64, numba.f8, numba.f8, numba.i8, numba.i8, numba.i8, numba.u8, numba.i8,
-    _U8, _U64, _I64, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"),
-    numba.i8, numba.i8, numba.i8, _U8,
+    numba.u8, numba.i8, numba.u8, numba.u8, numba.f8, numba.f8, numba.i8, numba.i8, numba.i8, numba.u8, numba.i8,
+    numba.u8, numba.u8, numba.u8, numba.u8, numba.u8, numba.i8, numba.i8, numba.i8, numba.u8,
 )  # fmt: skip
+_DIGEST = numba.u8(numba.u8, numba.i8, numba.i8, numba.i8)
 
 
 _WIDE = numba.i8(
@@ -102,14 +47,17 @@ def _build_wide(stamp: int) -> Any:
     return build_wide(_WIDE, stamp)
 
 
-def _build_combine(stamp: int) -> Any:
-    @numba.njit(_COMBINE, nogil=True, cache=True, error_model="numpy")
+def _build_combine(stamp: int, **options: Any) -> Any:
+    @numba.njit(_COMBINE, nogil=True, error_model="numpy", **options)
     def loop(
-        sources, codes, weights, divisor, reciprocal, mode, elements, first_block, out, out_code,
-        hashed, digests, nonfinite, reals, integers, gap, top, bottom, room,
+        sources_at, n, codes_at, weights_at, divisor, reciprocal, mode, elements, first_block, out, out_code,
+        hashed_at, digests_at, nonfinite_at, reals_at, integers_at, gap, top, bottom, acc,
     ):  # fmt: skip
         overflowed = np.int64(stamp) & 0
-        acc = np.uint64(room.ctypes.data)
+        sources, codes = array_at(sources_at, (n,), np.uint64), array_at(codes_at, (n,), np.uint8)
+        weights, hashed = array_at(weights_at, (n,), np.float64), array_at(hashed_at, (n,), np.uint8)
+        digests, nonfinite = array_at(digests_at, (n,), np.uint64), array_at(nonfinite_at, (n,), np.int64)
+        reals, integers = array_at(reals_at, (4, 2), np.float64), array_at(integers_at, (4, 4), np.int64)
         spare, scratch = acc + np.uint64(SPARE), (acc + np.uint64(STAGE), acc + np.uint64(PLACES))
         division, encoder, bounds = (divisor, reciprocal, mode), (reals, integers), (gap, top, bottom)
         in_place, digesting, plain = survey(sources, codes, weights, out, out_code, hashed)
@@ -151,8 +99,8 @@ def _build_combine(stamp: int) -> Any:
     return loop
 
 
-def _build_digest(stamp: int) -> Any:
-    @numba.njit(numba.u8(numba.u8, numba.i8, numba.i8, numba.i8), nogil=True, cache=True, error_model="numpy")
+def _build_digest(stamp: int, **options: Any) -> Any:
+    @numba.njit(_DIGEST, nogil=True, error_model="numpy", **options)
     def loop(address, nbytes, itemsize, first_block):
         total = np.uint64(stamp) & np.uint64(0)
         step = BLOCK * itemsize
@@ -186,7 +134,9 @@ def _from(module: str, name: str) -> Any:
     return build
 
 
-_BUILDERS = {"combine": _build_combine, "wide": _build_wide, "digest": _build_digest, "sum": _build_sum}
+_FREE = {"combine": _build_combine, "digest": _build_digest}
+_BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in _FREE.items()}
+_BUILDERS |= {"wide": _build_wide, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}
 _BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram")}
 _BUILDERS["vector_machine"] = _from("native_machine", "vector_machine")
@@ -201,19 +151,18 @@ def built(name: str) -> Any:
         return _BUILT[name]
 
 
-def combine_loop() -> Any:
-    """Return the compiled loop of `combine`; the first call compiles it or loads it from numba's cache."""
-    return built("combine")
+def object_code(name: str, symbol: str) -> bytes:
+    """Compile a loop of addresses and numbers to an object file; `symbol` has numba's calling convention there."""
+    loop = _FREE[name](fingerprint(), _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    (signature,) = loop.signatures
+    module = llvm.parse_assembly(loop.inspect_llvm(signature))
+    module.get_function(loop.overloads[signature].fndesc.llvm_func_name).name = symbol
+    return bytes(target_machine().emit_object(module))
 
 
 def wide_loop() -> Any:
     """Return the compiled loop of `combine_wide`."""
     return built("wide")
-
-
-def digest_loop() -> Any:
-    """Return the compiled loop of `digest`."""
-    return built("digest")
 
 
 def sum_loop() -> Any:

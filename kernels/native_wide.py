@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE, PAIR
 from .finishing import finish, inspect, move_bytes
+from .given import MULTIPLY
 from .hashing import block_digest
 from .lanes import (
     as_bits,
@@ -23,7 +24,6 @@ from .lanes import (
     store_u32,
     store_u64,
 )
-from .rounding import MULTIPLY
 from .wide_loops import AS_F64, AS_ODD, AS_PAIR, LANES, STRIP, add_wide, quotients
 
 __all__ = ["build_wide", "inverse_of", "wide_scratch"]
