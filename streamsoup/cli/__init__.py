@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from streamsoup._version import __version__
-from streamsoup.cli import bench, greedy, inspect, learn, mergekit, soup
 from streamsoup.cli.guard import run_command
 
+_COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "bench")
 _DESCRIPTION = """\
 Average the weights of many fine-tuned checkpoints of one network into one (a model soup), tile by tile, in memory that
 depends on neither their number nor their size."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser of all subcommands."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of all subcommands, or of one: importing the others takes 0.03 s."""
     parser = argparse.ArgumentParser(
         prog="streamsoup",
         description=_DESCRIPTION,
@@ -24,15 +25,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamsoup {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (soup, mergekit, greedy, learn, inspect, bench):
-        module.add_parser(commands)
+    for name in (only,) if only in _COMMANDS else _COMMANDS:
+        import_module(f"streamsoup.cli.{name}").add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 Ctrl-C."""
-    parser = build_parser()
     given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = build_parser(given[0] if given else None)
     if not given:
         parser.print_help()
         return 2
