@@ -16,6 +16,7 @@ __all__ = [
     "gram",
     "prepare",
     "prepare_survey",
+    "products",
     "survey",
 ]
 
@@ -72,6 +73,37 @@ def gram(rows: NDArray[np.float64], centre: int | None) -> NDArray[np.float64]:
     count, n = rows.shape
     out = np.empty((-(-n // BLOCK), count, count))
     native.built("gram")(rows, -1 if centre is None else centre, out, np.empty(BLOCK // 2), np.empty((count, BLOCK)))
+    return out
+
+
+def products(sources: NDArray[np.uint64], codes: NDArray[np.uint8], begin: int, elements: int) -> NDArray[np.float64]:
+    """Return the inner products of every source but the last with the last, for each block of 2,048 elements.
+
+    Parameters
+    ----------
+    sources : ndarray, shape (N + 1,), uint64
+        Addresses of their first elements; any alignment.
+    codes : ndarray, shape (N + 1,), uint8
+        Their dtypes, PAIR excluded.
+    begin, elements : int
+        Which elements; `begin` is that of a block.
+
+    Returns
+    -------
+    ndarray, shape (ceil(elements / BLOCK), N), float64
+
+    Notes
+    -----
+    Memory: 51 KiB. Releases the GIL. Each byte is read once from memory. Source: own.
+    """
+    from . import native
+    from .native_products import ROOM, SCRATCH_BYTES
+
+    out = np.empty((-(-elements // BLOCK), len(sources) - 1))
+    native.built("products")(
+        sources, codes, begin, elements, out, np.ones(1), _aligned(2, BLOCK), _aligned(1, ROOM)[0],
+        np.empty(SCRATCH_BYTES, np.uint8),
+    )  # fmt: skip
     return out
 
 
@@ -141,7 +173,7 @@ def prepare() -> None:
     """Compile everything here but `survey`, or load it from numba's cache."""
     from . import native
 
-    for name in ("decode", "gram", "vector_machine"):
+    for name in ("decode", "gram", "products", "vector_machine"):
         native.built(name)
 
 

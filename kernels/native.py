@@ -139,6 +139,7 @@ _BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in
 _BUILDERS |= {"wide": _build_wide, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}
 _BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram")}
+_BUILDERS["products"] = _from("native_products", "products")
 _BUILDERS["vector_machine"] = _from("native_machine", "vector_machine")
 _BUILT: dict[str, Any] = {}
 

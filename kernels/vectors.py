@@ -8,8 +8,9 @@ speed does not hang on whether the auto-vectoriser can prove that many addresses
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
-__all__ = ["constant", "load", "part", "plus", "splat", "store", "vector"]
+__all__ = ["constant", "load", "part", "plus", "prefetch", "splat", "store", "vector"]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -46,3 +47,11 @@ def part(builder: Any, whole: Any, first: int, count: int) -> Any:
 
 def plus(builder: Any, address: Any, nbytes: int) -> Any:
     return builder.add(address, ir.Constant(I64, nbytes))
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for a cache line, which need not exist."""
+    byte = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, n) for n in (0, 2, 1))])

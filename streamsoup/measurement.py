@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.kernels.measuring import BINS, ROUNDS
-from streamsoup.methods.protocol import Array, Gram, Measure, Ranks, Sums
+from streamsoup.methods.protocol import Array, Gram, Measure, Products, Ranks, Sums
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 
@@ -28,6 +28,10 @@ class Looks(Protocol):
 
     def gram(self, begin: int, count: int, centre: int | None) -> Numbers:
         """See `streamsoup.kernels.measuring.gram`; shape (blocks, checkpoints, checkpoints)."""
+        ...
+
+    def products(self, begin: int, count: int) -> Numbers:
+        """See `streamsoup.kernels.measuring.products`; shape (blocks, checkpoints - 1)."""
         ...
 
     def sums(self, begin: int, count: int, function: Callable[[Any], Array]) -> Numbers:
@@ -89,7 +93,7 @@ class TreeSum:
 class SumPart:
     """What one tile adds to a `SumMeasurement`."""
 
-    def __init__(self, measure: Gram | Sums) -> None:
+    def __init__(self, measure: Gram | Sums | Products) -> None:
         self.tree = TreeSum()
         self.by_row = isinstance(measure, Sums) and measure.by_row
         self.is_gram = isinstance(measure, Gram)
@@ -99,15 +103,17 @@ class SumPart:
         """Take in whole blocks."""
         if isinstance(self._measure, Gram):
             self.tree.add_run(first_block, looks.gram(begin, count, self._measure.centre))
+        elif isinstance(self._measure, Products):
+            self.tree.add_run(first_block, looks.products(begin, count))
         else:
             found = looks.sums(begin, count, self._measure.of)
             self.tree.add_run(first_block, np.ascontiguousarray(found.T))
 
 
 class SumMeasurement:
-    """Gathers `Gram` or `Sums`, of one tensor or of several."""
+    """Gathers `Gram`, `Sums` or `Products`, of one tensor or of several."""
 
-    def __init__(self, measure: Gram | Sums) -> None:
+    def __init__(self, measure: Gram | Sums | Products) -> None:
         self._measure = measure
         self._trees: dict[int, TreeSum] = {}
 

@@ -132,6 +132,11 @@ class _CpuTile:
         found: npt.NDArray[np.float64] = measuring.gram(self._decoded(begin, count), centre)
         return found
 
+    def products(self, begin: int, count: int) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
+        found: npt.NDArray[np.float64] = measuring.products(self._addresses, self.blend.codes, begin, count)
+        return found
+
     def sums(self, begin: int, count: int, function: Callable[[Any], Any]) -> npt.NDArray[np.float64]:
         """See `Looks`."""
         return self._trace(function).to_sums(self._stretch(begin, count))

@@ -169,6 +169,15 @@ class _TorchTile:
 
         return np.asarray(torch_measuring.gram(self._values(begin, count).rows, centre).cpu().numpy())
 
+    def products(self, begin: int, count: int) -> npt.NDArray[np.float64]:
+        """See `Looks`."""
+        from streamsoup.kernels import torch_measuring
+
+        step = self.longest_look
+        pieces = [self._values(at, min(step, begin + count - at)).rows for at in range(begin, begin + count, step)]
+        found = [torch_measuring.halves(rows[:-1] * rows[-1]).T.cpu().numpy() for rows in pieces]
+        return np.concatenate(found)
+
     def sums(self, begin: int, count: int, function: Callable[[Any], Any]) -> npt.NDArray[np.float64]:
         """See `Looks`."""
         from streamsoup.kernels import torch_measuring

@@ -94,7 +94,8 @@ class StepRecord:
         After the step.
     held_out : float or None
         Mean loss over the held-out batches after the step, where it was evaluated.
-    seconds : float
+    seconds, network_seconds : float
+        Of all of the step; in the network: forward, backward and evaluation.
     bytes_read : int
         Of ingredients.
     """
@@ -105,6 +106,7 @@ class StepRecord:
     temperature: float | None
     held_out: float | None
     seconds: float
+    network_seconds: float
     bytes_read: int
 
 

@@ -103,8 +103,10 @@ class LearningLoop:
         if standing.epoch == 0:
             standing.examples = _more_examples(standing.examples, chunk)
         loss = self.network.backward(chunk, beta, (self.job.seed, standing.epoch, standing.chunk))
+        passing = time.perf_counter()
         self.mixture.update_temperature()
         self.passes.step(self.network.gradient(), self.mixture.update)
+        passing = time.perf_counter() - passing
         number = len(standing.steps) + 1
         held_out = self._evaluate(number) if last and self.held_out is not None else None
         record = StepRecord(
@@ -113,7 +115,8 @@ class LearningLoop:
             loss=loss,
             temperature=self._temperature,
             held_out=held_out,
-            seconds=time.perf_counter() - began,
+            seconds=(seconds := time.perf_counter() - began),
+            network_seconds=seconds - passing,
             bytes_read=self.passes.bytes_read - read,
         )
         standing.steps.append(record)

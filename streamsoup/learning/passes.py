@@ -21,7 +21,7 @@ from streamsoup.learning.mixture import Numbers
 from streamsoup.learning.network import Gradient
 from streamsoup.measurement import SumMeasurement
 from streamsoup.methods import Coefficients
-from streamsoup.methods.protocol import Array, Sums, Values
+from streamsoup.methods.protocol import Products
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool
@@ -30,10 +30,6 @@ from streamsoup.sinks import Nowhere
 from streamsoup.write import Sink
 
 Update = Callable[[int, Numbers], Numbers]
-
-
-def _products(values: Values) -> Array:
-    return values.rows[:-1] * values.rows[-1]
 
 
 class Passes:
@@ -138,7 +134,7 @@ class Passes:
         for row, group in enumerate(self._groups[part]):
             for tensor in group.tensors:
                 if tensor in gradient and self._plan.table.elements[tensor]:
-                    of_tensor[tensor] = of_group.setdefault(row, SumMeasurement(Sums(_products)))
+                    of_tensor[tensor] = of_group.setdefault(row, SumMeasurement(Products()))
         tiles = (tile for tensor in of_tensor for tile in self._measuring.tiles_of(tensor))
         engine.measure(tiles, of_tensor, keep=keep)
         self.bytes_read += sum(map(self._plan.bytes_of, of_tensor))

@@ -169,6 +169,14 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
+class Products:
+    """Measure the inner product of every checkpoint but the last with the last.
+
+    The result is a float64 array, shape (checkpoints - 1,).
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Ranks:
     """Find order statistics of some rows, exactly. The result is a float64 array, shape (rows, ranks).
 
@@ -200,7 +208,7 @@ class Elementwise:
     by_row: bool = False
 
 
-Measure: TypeAlias = Gram | Sums | Ranks
+Measure: TypeAlias = Gram | Sums | Products | Ranks
 Rule: TypeAlias = Coefficients | Elementwise
 Merge: TypeAlias = Rule | Generator[Measure, Any, Rule]
 
