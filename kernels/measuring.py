@@ -1,7 +1,8 @@
 """Decoded rows of a tile, and what is measured of them: inner products, surveys.
 
 Sums have one fixed shape: the numbers of a block are added by halves (element j and element j + 1024, then 512 ...), so
-that the bits are those of any other code that adds by halves, on any device.
+that the bits are those of any other code that adds by halves, on any device. Those of a survey have a shape of their
+own (see `STRIP`), as fixed as that.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from .codes import BLOCK
 __all__ = [
     "BINS",
     "ROUNDS",
+    "STRIP",
     "decode_rows",
     "gram",
     "prepare",
@@ -25,6 +27,10 @@ BINS = 2048
 
 ROUNDS = ((31, 20), (20, 9), (9, 0))
 """Which bits each round of a search looks at: from the first, not included, down to the second."""
+
+STRIP = 256
+"""A survey sums the first, fifth, ninth ... product of so many elements one after the other, so the second and so on;
+then these sums of a block by halves: those of the first strip and the fifth ..., then the four."""
 
 
 def decode_rows(
@@ -143,21 +149,22 @@ def survey(
         For each block the lower triangle, row by row, of the inner products of the first source and of the
         differences of the others from it; then how many elements are not the same in all of those that are compared,
         in how many one of them differs from the base, and in how many two differ from it in opposite directions
-        (without a base: from the first).
+        (without a base: from the first). The counts of a block whose squares are not all finite are 0.
 
     Notes
     -----
-    Memory: a block of every source, and 33 KiB. Releases the GIL. Each byte is read once from memory. Source: own.
+    Memory: a block of every source, two of more than 16, and up to 113 KiB. Releases the GIL. Each byte is read once
+    from memory. Source: own.
     """
     from . import native
-    from .native_survey import ROOM, ROW, SCRATCH_BYTES, rooms, strips
+    from .native_survey import ROW, SCRATCH_BYTES, SUMS, rooms, strips
 
     count = len(sources)
     out = np.empty((-(-elements // BLOCK), count * (count + 1) // 2 + 3))
     native.built("survey")(
         sources, codes, begin, elements, first_block, int(based), out, digests, nonfinite,
-        np.ones(1), np.empty((count, BLOCK)), _aligned(strips(count), ROW), _aligned(rooms(count), ROOM),
-        np.empty(count, np.uint64), np.empty(SCRATCH_BYTES, np.uint8),
+        np.ones(1), np.empty((count, BLOCK)), _aligned(strips(count), ROW), _aligned(rooms(count), SUMS),
+        np.empty(count, np.uint64), np.empty(2 * 8 * count, np.uint64), np.empty(SCRATCH_BYTES, np.uint8),
     )  # fmt: skip
     return out
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .codes import BLOCK
-from .measuring import BINS, ROUNDS
+from .measuring import BINS, ROUNDS, STRIP
 
 __all__ = ["gram", "halves", "histograms", "survey", "uniform"]
 
@@ -30,19 +30,31 @@ def gram(rows: Tensor, centre: int | None) -> Tensor:
     return products.movedim(-1, 0).contiguous()
 
 
+def _strips(rows: Tensor) -> Tensor:
+    """Add the elements of each block as `survey_products` does; shape (..., n) becomes (..., blocks)."""
+    length = rows.shape[-1]
+    rows = torch.nn.functional.pad(rows, (0, -length % BLOCK))
+    steps = rows.reshape(*rows.shape[:-1], -1, BLOCK // STRIP, STRIP // 4, 4)
+    sums = torch.zeros_like(steps[..., 0, :])
+    for step in range(STRIP // 4):
+        sums += steps[..., step, :]
+    while (half := sums.shape[-2] // 2) > 0:
+        sums = sums[..., :half, :] + sums[..., half:, :]
+    lanes = sums[..., 0, :2] + sums[..., 0, 2:]
+    return lanes[..., 0] + lanes[..., 1]
+
+
 def survey(rows: Tensor, *, based: bool) -> Tensor:
     """See `measuring.survey`; of decoded rows, and without digests and counts of what is not finite."""
-    count = len(rows)
-    rows[1:] -= rows[0].clone()
-    others = rows[1:] if based else torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
-    low = torch.full_like(rows[0], float("inf") if based else 0.0)
-    high = -low
-    for row in others:
-        low, high = torch.where(row < low, row, low), torch.where(row > high, row, high)
-    below, above = low < 0, high > 0
+    first, compared = rows[0].clone(), rows[1:] if based else rows
+    low, high = compared.amin(0), compared.amax(0)
+    below, above = low < first, high > first
     counts = halves(torch.stack([low < high, below | above, below & above]).double())
-    products = [halves(rows[: k + 1] * rows[k]) for k in range(count)]
-    return torch.cat([*products, counts]).movedim(-1, 0).contiguous()
+    rows[1:] -= first
+    products = torch.cat([_strips(rows[: k + 1] * rows[k]) for k in range(len(rows))])
+    squares = products[[k * (k + 3) // 2 for k in range(len(rows))]]
+    counts[:, ~squares.isfinite().all(0)] = 0.0
+    return torch.cat([products, counts]).movedim(-1, 0).contiguous()
 
 
 def histograms(keys: Tensor, number: int, prefixes: Tensor) -> Tensor:

@@ -202,6 +202,44 @@ def test_survey_has_the_bits_of_plain_operations(dtype, count, based):
         assert int(digests[k]) == int(torch_combine.digest(whole, array.itemsize, 3)) % 2**64
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9, 17, 26])
+def test_survey_of_fine_tunes_has_the_bits_of_plain_operations(dtype, count):
+    """Most strips have differences that float32 holds; some have one that lies just beyond."""
+    import torch
+
+    from streamsoup.kernels import codes, torch_measuring
+
+    rng = np.random.default_rng(count)
+    mantissa, top = (7, 122) if dtype == "BF16" else (10, 28)
+    shape = count, 4 * BLOCK_ELEMENTS
+    start = rng.integers(top - 4 << mantissa, top << mantissa, shape[1], dtype=np.uint16)
+    stored = start ^ rng.integers(0, 8, shape, dtype=np.uint16)
+    stored[rng.integers(0, count, 99), rng.integers(0, shape[1], 99)] = rng.choice(np.uint16([0, 0x8000]), 99)
+    for gap, element in enumerate(range(100, shape[1], 350)):  # some strips have none
+        largest = (top + 1 << mantissa) - 1
+        stored[:, element] = largest
+        stored[1, element] = 0x8000 + largest - (gap << mantissa)
+    words = stored.astype(np.uint32) << 16
+    rows = (words.view(np.float32) if dtype == "BF16" else stored.view(np.float16)).astype(np.float64)
+    addresses = np.array([row.ctypes.data for row in stored], np.uint64)
+    kinds = np.full(count, getattr(codes, dtype), np.uint8)
+    spare = np.zeros(count, np.uint64), np.zeros(count, np.int64)
+    found = measuring.survey(addresses, kinds, 0, shape[1], 0, based=True, digests=spare[0], nonfinite=spare[1])
+    expected = torch_measuring.survey(torch.from_numpy(rows.copy()), based=True).numpy()
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_counts_are_of_the_numbers_whatever_their_differences_round_to():
+    values = np.array([[1.0, 1.0, 0.0], [2.0**-120, -0.0, -0.0], [2.0**-130, 0.0, 0.0]], np.float64)
+    addresses = np.array([row.ctypes.data for row in values], np.uint64)
+    spare = np.zeros(3, np.uint64), np.zeros(3, np.int64)
+    found = measuring.survey(
+        addresses, np.full(3, 3, np.uint8), 0, 3, 0, based=True, digests=spare[0], nonfinite=spare[1]
+    )  # fmt: skip
+    assert found[0, -3:].tolist() == [1.0, 2.0, 0.0]
+
+
 def test_survey_counts_what_is_not_finite():
     rows = np.ones((3, 5000), np.float32)
     rows[1, [0, 2048, 4999]] = np.nan, np.inf, -np.inf
