@@ -23,10 +23,12 @@ from streamsoup.bench.scratch import scratch_folder
 CASES = (
     "soup_warm",
     "soup_cold",
+    "compare",
     "memory",
     "planning",
     "startup",
     "greedy",
+    "learned",
     "peers",
     "mergekit",
     "beyond_ram",

@@ -200,11 +200,7 @@ class _Kitchen:
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
         state = StateFile(self.workdir, job, identities)
         standing = state.begin(pool.checkpoints)
-        with (
-            PeakSampler() as sampler,
-            open_sources(plan.checkpoints, pool.mode) as sources,
-            network.learning(),
-        ):
+        with open_sources(plan.checkpoints, pool.mode) as sources, network.learning():
             passes = Passes(pool, plan, network.gradient_like(plan), groups, sources, sink)
             mixture = Mixture(
                 job.start[None].repeat(len(groups), axis=0),
@@ -214,8 +210,9 @@ class _Kitchen:
                 temperature=job.temperature,
             )
             loop = LearningLoop(job, network, passes, mixture, state, standing, batches, held_out, on_step)
-            coefficients, temperature = loop.run()
-            sampler.sample()
+            with PeakSampler() as sampler:  # the first optimiser of a process imports 70 MB
+                coefficients, temperature = loop.run()
+                sampler.sample()
         for checkpoint in plan.checkpoints:
             verify_unchanged(checkpoint)
         result = LearnResult(
