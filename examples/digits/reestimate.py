@@ -27,7 +27,7 @@ def main() -> None:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a plain mean over all batches
-    images, _ = load_split("train")
+    images, _ = load_split("finetune")
     network.train()
     with torch.inference_mode():
         for batch in images.split(50):
