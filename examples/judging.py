@@ -92,19 +92,22 @@ def print_pairs(pools: Sequence[Correct], names: Sequence[str]) -> None:
     same examples the standard error tells, which is that of the mean over pools.
     """
     heading = f"{'test: first against second':<46}{'difference':>11}{'s.e.':>7}   "
-    print(f"\n{heading}{_row(names, 15)}{'each once':>16}")
+    several = len(pools) > 1
+    print(f"\n{heading}{_row(names, 15)}" + (f"{'each once':>16}" if several else ""))
     for first, second in PAIRS:
         differences = [pool[first]["test"] - pool[second]["test"] for pool in pools]
         points = [100 * float(each.mean()) for each in differences]
-        error = f"{np.std(points, ddof=1) / len(points) ** 0.5:.2f}" if len(points) > 1 else "-"
-        counts = _row([_mcnemar(each) for each in differences], 15) + f"{_mcnemar(np.sum(differences, axis=0)):>16}"
+        error = f"{np.std(points, ddof=1) / len(points) ** 0.5:.2f}" if several else "-"
+        counts = _row([_mcnemar(each) for each in differences], 15)
+        if several:
+            counts += f"{_mcnemar(np.sum(differences, axis=0)):>16}"
         print(f"{first + ' / ' + second:<46}{np.mean(points):>+11.2f}{error:>7}   {counts}")
     tests = len(PAIRS) * len(pools)
     print(
         "a:b p    a examples the first alone is right about, b the second alone; p by chance alone, exact, two-sided.\n"
         f"Of {tests} such tests about {0.05 * tests:.1f} fall below 0.05 where there is nothing to find."
     )
-    if len(pools) > 1:
+    if several:
         print(
             "The pools share the test set, so their counts must not be added up: `each once` counts an example for\n"
             "the method that is right about it in more pools. s.e.: of the difference, over pools."
