@@ -31,6 +31,27 @@ class Net(nn.Module):
         return self.leave(self.norm(x))
 
 
+class Dropping(Net):
+    """Forgets some of its inputs in training."""
+
+    def forward(self, x):
+        return super().forward(torch.nn.functional.dropout(x, 0.4, self.training))
+
+
+class Statistics(nn.Module):
+    """Has running statistics (float buffers), a counter (integer buffer), and a layer that nobody asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.idle = nn.Linear(3, 3)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
 def as_array(tensor):
     """A tensor as the array of the same bits."""
     kind = DTYPES[NAME[tensor.dtype]]

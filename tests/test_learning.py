@@ -11,9 +11,11 @@ import pytest
 import torch
 from factory import read_checkpoint, same_bits, write_checkpoint
 from learning_pools import (
+    Dropping,
     Net,
     Recorder,
     Restartable,
+    Statistics,
     as_array,
     as_tensors,
     groups_of,
@@ -380,20 +382,6 @@ def test_inputs_and_outputs_may_have_several_forms(pool, shape):
 # -- what of the module takes part ---------------------------------------------------------------------------------
 
 
-class Statistics(nn.Module):
-    """Has running statistics (float buffers), a counter (integer buffer), and a layer that nobody asks."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.idle = nn.Linear(3, 3)
-        self.last = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.last(torch.relu(self.norm(self.first(x))))
-
-
 @pytest.mark.parametrize("by", ["model", "layer", "tensor"])
 def test_statistics_are_mixed_and_unused_parameters_do_not_mind(tmp_path, by):
     module = Statistics().double().eval()
@@ -634,11 +622,6 @@ def test_the_user_s_random_numbers_are_left_alone(pool):
     streamsoup.learn(paths, module, cross_entropy, make_batches(3), held_out=make_batches(1), epochs=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numbers)
-
-
-class Dropping(Net):
-    def forward(self, x):
-        return super().forward(torch.nn.functional.dropout(x, 0.4, self.training))
 
 
 def test_dropout_is_of_the_seed_and_of_nothing_else(tmp_path):
