@@ -31,7 +31,13 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
             ["mypy", "kernels"],
         ],
     ),
-    "examples": ("examples", [["python", "examples/embedding.py"]]),
+    "examples": (
+        "examples",
+        [
+            ["python", "examples/digits/learned.py", "--seeds", "0", "--runs", "3", "--start", "weak"],
+            ["python", "examples/embedding.py"],
+        ],
+    ),
     "slow": ("test", [["pytest", "-n", "2", "-m", "slow"]]),
 }
 
