@@ -31,7 +31,7 @@ _PROGRESS_SECONDS = 0.1
 # costs little work.
 _COMMIT_SECONDS = 0.05
 # What a worker does with a tile; the number is when it was asked for.
-Step = Callable[[Slot, Tile, float], None]
+Step = Callable[[Slot, Tile, float], Done]
 
 
 class Engine:
@@ -69,7 +69,7 @@ class Engine:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.outcome = Outcome.empty(plan)
-        self.work = TileWork(plan, backend, sources, sink, finish=self._finish)
+        self.work = TileWork(plan, backend, sources, sink)
         self._plan = plan
         self._backend = backend
         self._sink = sink
@@ -192,7 +192,7 @@ class Engine:
                 tile = tiles.take()
                 if tile is None:
                     break
-                step(slot, tile, began)
+                self._finish(step(slot, tile, began))
         except BaseException as error:  # raised again in the thread that called run
             self._fail(error)
         finally:
@@ -207,9 +207,8 @@ class Engine:
             if done.record is not None:
                 self._finished.append(done.record)
                 self.outcome.add(done.record)
-            # What an earlier sweep read and kept, or the same worker looked at before, was not read again.
-            if not self._again and (done.record is not None or self._measuring):
-                self.outcome.bytes_read += done.swept_bytes
+            if not self._again:  # what an earlier sweep read and kept is not read again
+                self.outcome.bytes_read += done.tile_bytes
             self.outcome.bytes_written += done.written_bytes
             stages = self.outcome.stage_seconds
             stages["read"] += done.read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
@@ -37,14 +37,15 @@ class Done:
     ----------
     record : TileRecord or None
         None: it was only measured.
-    swept_bytes : int
-        Of ingredients, gone through.
+    tile_bytes, swept_bytes : int
+        Of ingredients: in the tile, and gone through (several times, if it was measured first).
     written_bytes : int
     read, reduced, written : float
         Seconds in each stage.
     """
 
     record: TileRecord | None
+    tile_bytes: int
     swept_bytes: int
     written_bytes: int
     read: float
@@ -61,8 +62,6 @@ class TileWork:
     backend, sink : see their protocols
     sources : sequence of Source
         One for each ingredient.
-    finish : callable taking a Done
-        Called by whoever did a tile.
 
     Attributes
     ----------
@@ -76,9 +75,7 @@ class TileWork:
         For other tensors the method is asked, which takes tiles that hold whole tensors.
     """
 
-    def __init__(
-        self, plan: Plan, backend: Backend, sources: Sequence[Source], sink: Sink, *, finish: Callable[[Done], None]
-    ) -> None:
+    def __init__(self, plan: Plan, backend: Backend, sources: Sequence[Source], sink: Sink) -> None:
         self.readers: Executor | None = None
         self.drops = False
         self.known: object = None
@@ -87,7 +84,6 @@ class TileWork:
         self._backend = backend
         self._sources = sources
         self._sink = sink
-        self._finish = finish
         self._lock = threading.Lock()
         self._ones = Coefficients((1.0,) * len(plan.checkpoints))
         self._blends: dict[tuple[int, bytes, int], tuple[Coefficients, Blend]] = {}
@@ -101,25 +97,27 @@ class TileWork:
         """Bytes of a tile in all ingredients together."""
         return tile.elements * int(self._plan.bytes_each[tile.tensor])
 
-    def do(self, slot: Slot, tile: Tile, began: float) -> None:
+    def do(self, slot: Slot, tile: Tile, began: float) -> Done:
         """Combine or copy a tile; `began`: when it was asked for."""
         plan, places = self._plan, self._places(tile)
         if not plan.is_averaged(tile.tensor):
-            self._copy(slot, tile, places, began)
+            done = self._copy(slot, tile, places, began)
         elif plan.method.fixed:
-            self._average(slot, tile, self._numbers(tile.tensor), places, began)
+            done = self._average(slot, tile, self._numbers(tile.tensor), places, began)
         else:
-            self._merge(slot, tile, places, began)
+            done = self._merge(slot, tile, places, began)
         self._drop(places)
+        return done
 
-    def measure(self, measurements: Mapping[int, Measurement], slot: Slot, tile: Tile, began: float) -> None:
+    def measure(self, measurements: Mapping[int, Measurement], slot: Slot, tile: Tile, began: float) -> Done:
         """Measure a tile for the measurement of its tensor."""
         places = self._places(tile)
         addresses = self._fetch_group(slot, range(len(places)), places)
         read = time.perf_counter() - began
         self._look(slot, tile, addresses, measurements[tile.tensor])
-        self._finish(Done(None, self.tile_bytes(tile), 0, read, time.perf_counter() - began - read))
+        nbytes, looked = self.tile_bytes(tile), time.perf_counter() - began - read
         self._drop(places)
+        return Done(None, nbytes, nbytes, 0, read, looked)
 
     def _drop(self, places: Sequence[Place]) -> None:
         for source, place in zip(self._sources, places, strict=True) if self.drops else ():
@@ -143,14 +141,15 @@ class TileWork:
             found = self._blends[key] = numbers, make_blend(plan, tensor, numbers)
         return found[1]
 
-    def _rule_of_tile(self, slot: Slot, tile: Tile, addresses: Sequence[int]) -> Rule:
-        """Measure a tensor that lies in one tile."""
+    def _rule_of_tile(self, slot: Slot, tile: Tile, addresses: Sequence[int]) -> tuple[Rule, int]:
+        """Measure a tensor that lies in one tile; returns how often it was looked at, too."""
         asked = Asked(self._plan.method.merge(self._plan.info(tile.tensor), self.known))
+        looks = 0
         while asked.rule is None:
             self._look(slot, tile, addresses, asked.measurement)
             asked.turn()
-            self._finish(Done(None, self.tile_bytes(tile), 0, 0.0, 0.0))
-        return asked.rule
+            looks += 1
+        return asked.rule, looks
 
     def _look(self, slot: Slot, tile: Tile, addresses: Sequence[int], measurement: Measurement) -> None:
         part = measurement.part()
@@ -165,11 +164,13 @@ class TileWork:
         """Dtypes only."""
         return self._blend(tensor, self._ones)
 
-    def _merge(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+    def _merge(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> Done:
         """Combine a tile by what its tensor's numbers say; all ingredients are in the slot at once."""
         addresses = self._fetch_group(slot, range(len(places)), places)
         read = time.perf_counter() - began
-        rule = self.rules.get(tile.tensor) or self._rule_of_tile(slot, tile, addresses)
+        rule, looks = self.rules.get(tile.tensor), 0
+        if rule is None:
+            rule, looks = self._rule_of_tile(slot, tile, addresses)
         if isinstance(rule, Coefficients):
             blend = self._blend(tile.tensor, rule)
             room = self._room(tile, blend)
@@ -179,12 +180,14 @@ class TileWork:
             room = self._room(tile, blend)
             token = slot.merge(addresses, blend, self._portion(tile), rule, room)
         assert token is not None
-        self._store(tile, blend, token.result(), room is None, began, read)
+        done = self._store(tile, blend, token.result(), room is None, began, read)
+        done.swept_bytes += looks * done.tile_bytes
+        return done
 
     def _room(self, tile: Tile, blend: Blend) -> memoryview | None:
         return self._sink.room(tile.tensor, tile.start * blend.out_itemsize, tile.elements * blend.out_itemsize)
 
-    def _store(self, tile: Tile, blend: Blend, combined: Combined, writes: bool, began: float, read: float) -> None:
+    def _store(self, tile: Tile, blend: Blend, combined: Combined, writes: bool, began: float, read: float) -> Done:
         """Write a tile that was combined, unless it lies in the sink's own memory, and record it."""
         reduced = time.perf_counter()
         if writes:
@@ -197,13 +200,13 @@ class TileWork:
             nonfinite=combined.nonfinite.copy() if combined.nonfinite.any() else None,
             overflowed=combined.overflowed,
         )
-        self._record(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
+        return _done(record, sum(blend.itemsizes), blend.out_itemsize, began, read, reduced)
 
     def _numbers(self, tensor: int) -> Coefficients:
         rule = self.rules.get(tensor)
         return rule if isinstance(rule, Coefficients) else self._plan.numbers(tensor)
 
-    def _average(self, slot: Slot, tile: Tile, numbers: Coefficients, places: Sequence[Place], began: float) -> None:
+    def _average(self, slot: Slot, tile: Tile, numbers: Coefficients, places: Sequence[Place], began: float) -> Done:
         """Combine a tile by numbers that are known beforehand, a group of ingredients at a time."""
         plan = self._plan
         blend = self._blend(tile.tensor, numbers)
@@ -216,9 +219,9 @@ class TileWork:
             read += time.perf_counter() - start
             token = slot.combine(addresses, blend, first, tile.elements, tile.start // BLOCK_ELEMENTS, room)
         assert token is not None
-        self._store(tile, blend, token.result(), room is None, began, read)
+        return self._store(tile, blend, token.result(), room is None, began, read)
 
-    def _copy(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> None:
+    def _copy(self, slot: Slot, tile: Tile, places: Sequence[Place], began: float) -> Done:
         plan, count = self._plan, len(self._plan.checkpoints)
         itemsize = plan.out_dtype(tile.tensor).itemsize
         nbytes = tile.elements * itemsize
@@ -236,7 +239,7 @@ class TileWork:
         reduced = time.perf_counter()
         self._sink.write(tile.tensor, tile.start * itemsize, output)
         record = TileRecord(tile.tensor, tile.start, tile.elements, digests, differs=differs if differs.any() else None)
-        self._record(record, count * itemsize, itemsize, began, reduced - began, reduced)
+        return _done(record, count * itemsize, itemsize, began, reduced - began, reduced)
 
     def _fetch_group(self, slot: Slot, group: range, places: Sequence[Place]) -> list[int]:
         """Bring a group of ingredients into reach.
@@ -254,11 +257,11 @@ class TileWork:
         staging = slot.staging(staging_index, place[2])
         return self._sources[ingredient].fetch(*place, staging)
 
-    def _record(
-        self, record: TileRecord, read_itemsize: int, itemsize: int, began: float, read: float, reduced: float
-    ) -> None:
-        elements, written = record.elements, time.perf_counter() - reduced
-        self._finish(Done(record, elements * read_itemsize, elements * itemsize, read, reduced - began - read, written))
+
+def _done(record: TileRecord, read_itemsize: int, itemsize: int, began: float, read: float, reduced: float) -> Done:
+    elements, written = record.elements, time.perf_counter() - reduced
+    nbytes = elements * read_itemsize
+    return Done(record, nbytes, nbytes, elements * itemsize, read, reduced - began - read, written)
 
 
 def make_blend(plan: Plan, tensor: int, numbers: Coefficients) -> Blend:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import tempfile
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -549,3 +551,20 @@ def test_interrupts_while_threads_end_are_waited_out(tmp_path, read_mode):
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "left []\n"), done.stderr
+
+
+def test_an_engine_is_freed_at_once_with_all_that_it_held(tmp_path):
+    paths = write_all(tmp_path, [realistic(i, {"w": (3000,)}) for i in range(2)])
+    plan = plan_for(paths)
+    sources = [MappedSource(checkpoint) for checkpoint in plan.checkpoints]
+    engine = Engine(plan, open_backend("cpu"), sources, MemorySink(plan))
+    engine.run(plan.tiles(averaged=True))
+    freed = weakref.ref(engine)
+    gc.disable()  # a gradient that waits for the collector is as large as a network
+    try:
+        del engine
+        assert freed() is None
+    finally:
+        gc.enable()
+        for source in sources:
+            source.close()

@@ -263,7 +263,10 @@ def _print_result(result: LearnResult, args: argparse.Namespace) -> None:
         return
     print()
     print("\n".join(_coefficients(result)))
-    chosen = "" if result.held_out is None else f", held-out loss {result.held_out:.6g} after step {result.best_step}"
+    chosen = ""
+    if result.held_out is not None:
+        before, after = f"{result.first_held_out:.6g}", f"{result.held_out:.6g}"
+        chosen = f", held-out loss {before} before and {after} after step {result.best_step}"
     beta = "" if result.temperature is None else f", temperature {result.temperature:.5g}"
     print(
         f"\nloss {result.loss:.6g} at the last of {len(result.steps)} steps{chosen}{beta}\n"

@@ -18,7 +18,7 @@ from streamsoup.errors import ResumeError
 from streamsoup.execution import Execution, compile_notice
 from streamsoup.files import lock_folder, require_space_at, write_durably, writing_to
 from streamsoup.learning.groups import By, Group, make_groups
-from streamsoup.learning.job import LearnJob, LearnResult, StepRecord, recipe_of, warn_of_few
+from streamsoup.learning.job import LearnJob, LearnResult, StepRecord, recipe_of, warnings_of
 from streamsoup.learning.loop import LearningLoop
 from streamsoup.learning.mixture import MakeOptimizer, Mixture, Numbers, optimizer_named
 from streamsoup.learning.network import Forward, LossFunction, Network, call_module
@@ -222,6 +222,7 @@ class _Kitchen:
             coefficients=coefficients,
             temperature=temperature,
             loss=standing.steps[-1].loss,
+            first_held_out=standing.first_loss,
             held_out=standing.best_loss,
             best_step=len(standing.steps) if standing.best is None else standing.best_step,
             steps=tuple(standing.steps),
@@ -230,7 +231,7 @@ class _Kitchen:
             projected_peak_bytes=passes.projected_peak_bytes,
             measured_peak_bytes=sampler.peak_bytes,
             seconds=time.perf_counter() - began,
-            notes=(*warn_of_few(standing.examples, job.free(len(groups))), *passes.notes),
+            notes=(*warnings_of(job, standing.examples, job.free(passes.varying_groups)), *passes.notes),
         )
         self._publish(result)
         return result

@@ -57,8 +57,6 @@ class LearnJob:
     pool: PoolOptions = field(default_factory=PoolOptions)
 
     def __post_init__(self) -> None:
-        if len(set(self.ingredients)) < 2:
-            raise RecipeError(f"A learned soup needs two ingredients at least; there is {len(set(self.ingredients))}.")
         if len(set(self.ingredients)) < len(self.ingredients):
             twice = next(path for path in self.ingredients if self.ingredients.count(path) > 1)
             raise RecipeError(f"{twice}: is named twice. Name it once.")
@@ -126,8 +124,8 @@ class LearnResult:
         β, by which logits are to be multiplied; it is no part of the soup.
     loss : float
         Of the last step, before it.
-    held_out : float or None
-        Of the soup, where there are held-out batches.
+    first_held_out, held_out : float or None
+        Loss at the beginning and of the soup, where there are held-out batches.
     best_step : int
         After which the coefficients are those of the soup; 0: the beginning.
     steps : tuple of StepRecord
@@ -148,6 +146,7 @@ class LearnResult:
     coefficients: Numbers
     temperature: float | None
     loss: float
+    first_held_out: float | None
     held_out: float | None
     best_step: int
     steps: tuple[StepRecord, ...]
@@ -166,6 +165,7 @@ class LearnResult:
             "coefficients": dict(zip(self.groups, self.coefficients.tolist(), strict=True)),
             "temperature": self.temperature,
             "loss": self.loss,
+            "first_held_out": self.first_held_out,
             "held_out": self.held_out,
             "best_step": self.best_step,
             "steps": [asdict(step) for step in self.steps],
@@ -201,11 +201,14 @@ def recipe_of(job: LearnJob, of_tensor: Mapping[str, Numbers] | Numbers) -> Reci
     )
 
 
-def warn_of_few(examples: int | None, coefficients: int) -> list[str]:
-    """Say so if there are too few examples for so many free coefficients."""
+def warnings_of(job: LearnJob, examples: int | None, coefficients: int) -> list[str]:
+    """Say so if there is nothing to mix, or if there are too few examples for so many free coefficients."""
+    if len(job.ingredients) == 1:
+        return [f"Only {job.ingredients[0]} has a weight at the beginning: there was nothing to mix."]
     if examples is None or examples >= EXAMPLES_EACH * coefficients:
         return []
     return [
-        f"{examples:,} examples are few for {coefficients:,} free coefficients: what was learned may be noise. Use "
-        f"{EXAMPLES_EACH * coefficients:,} or more, fewer ingredients, or coarser groups, and judge it on other data."
+        f"{examples:,} examples are few for {coefficients:,} free coefficients: judge the soup on other data, since "
+        f"what was learned may be noise. {EXAMPLES_EACH * coefficients:,} examples, fewer ingredients or coarser "
+        "groups help."
     ]

@@ -130,6 +130,7 @@ class LearningLoop:
         """Look at the held-out loss of the soup that is formed after a step, and remember the best."""
         standing = self.standing
         loss = self.network.evaluate(self.held_out, self.mixture.temperature)
+        standing.first_loss = loss if standing.first_loss is None else standing.first_loss
         if standing.best_loss is None or loss < standing.best_loss:
             standing.best, standing.best_loss = self.mixture.all_coefficients(), loss
             standing.best_temperature, standing.without_progress = self._temperature, 0

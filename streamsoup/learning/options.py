@@ -36,6 +36,8 @@ def make_learn_job(
     ------
     RecipeError
     """
+    if len(set(paths)) < 2:
+        raise RecipeError(f"A learned soup needs two ingredients at least; there is {len(set(paths))}.")
     given = {name: value for name, value in options.items() if value is not None}
     pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
     own = {name: given.pop(name) for name in _OF_JOB if name in given}

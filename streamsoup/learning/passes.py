@@ -83,6 +83,14 @@ class Passes:
         """Bytes that are owned at most, beside module and gradient."""
         return sum(p.projected_peak_bytes - self._pool.budget_bytes // 2 for p in (self._plan, self._measuring))
 
+    @property
+    def varying_groups(self) -> int:
+        """Groups in which the ingredients are not all the same; known after the first `form`."""
+        assert self._digests is not None
+        same = (self._digests == self._digests[0]).all(axis=0)
+        equal = {tensor for tensor, is_same in zip(self._plan.averaged, same.tolist(), strict=True) if is_same}
+        return sum(not equal.issuperset(group.tensors) for group in self._groups)
+
     def form(self, coefficients: Numbers) -> None:
         """Form the soup of some coefficients, shape (groups, ingredients): one reading.
 

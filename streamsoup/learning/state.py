@@ -33,7 +33,8 @@ class Standing:
     steps : list of StepRecord
     best : float64 array, shape (groups, ingredients), or None
         Coefficients with the least held-out loss.
-    best_loss, best_temperature : float or None
+    first_loss, best_loss, best_temperature : float or None
+        `first_loss`: held-out, at the beginning.
     best_step : int
     without_progress : int
         Evaluations since then.
@@ -47,6 +48,7 @@ class Standing:
     chunk: int = 0
     steps: list[StepRecord] = field(default_factory=list)
     best: Numbers | None = None
+    first_loss: float | None = None
     best_loss: float | None = None
     best_temperature: float | None = None
     best_step: int = 0
