@@ -21,7 +21,7 @@ from streamsoup.checkpoints import (
 from streamsoup.errors import ChangedIngredientError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
-from streamsoup.making import Making, keep_or_remove
+from streamsoup.making import NO_EXTRAS, Extras, Making, keep_or_remove
 from streamsoup.methods import Method, linear
 from streamsoup.methods.parameters import Parameters
 from streamsoup.methods.registry import Given, make_method
@@ -201,8 +201,16 @@ def plan_soup(
     return plan, mode
 
 
-def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
+def cook(recipe: Recipe, out: str | Path, execution: Execution, extras: Extras = NO_EXTRAS) -> SoupResult:
     """Make the soup of a recipe. See `soup` for what it promises.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    out : path
+    execution : Execution
+    extras : Extras
+        For those who chose the recipe by looking at the ingredients.
 
     Raises
     ------
@@ -227,7 +235,7 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution) -> SoupResult:
     workspace.create()
     with keep_or_remove(workspace, keep=execution.keep):
         workspace.write_job(job)
-        return Making(plan, mode, recipe, workspace, job, backend, execution, began).run()
+        return Making(plan, mode, recipe, workspace, job, backend, execution, began, extras).run()
 
 
 def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: str | None = None) -> SoupResult:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamsoup.backends.protocol import Backend
@@ -14,8 +14,9 @@ from streamsoup.budget import PeakSampler
 from streamsoup.checkpoints import verify_unchanged
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
-from streamsoup.errors import MismatchError
+from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult, compile_notice
+from streamsoup.files import write_durably
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal
 from streamsoup.manifest import content_digests
@@ -33,6 +34,25 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Extras:
+    """What a soup is made with beside its recipe.
+
+    Attributes
+    ----------
+    files : mapping of str to str
+        Names and texts of more files beside the weights.
+    content_digests : tuple of str or None
+        What the ingredients are to hold: those that the recipe was chosen by.
+    """
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    content_digests: tuple[str, ...] | None = None
+
+
+NO_EXTRAS = Extras()
+
+
+@dataclass(frozen=True, slots=True)
 class Making:
     """One soup in the making."""
 
@@ -44,6 +64,7 @@ class Making:
     backend: Backend
     execution: Execution
     began: float
+    extras: Extras = NO_EXTRAS
 
     def run(self) -> SoupResult:
         plan, execution = self.plan, self.execution
@@ -62,6 +83,7 @@ class Making:
         for note in notes:
             _log.warning(note)
         digests = content_digests(plan, outcome.digests)
+        self._refuse_others(digests)
         write_side_files(
             self.workspace,
             plan,
@@ -72,8 +94,18 @@ class Making:
             notes=notes,
             job_id=self.job["id"],
         )
+        for name, text in self.extras.files.items():
+            write_durably(self.workspace.beside(name), text)
         self.workspace.publish(overwrite=execution.overwrite, durable=execution.durable)
         return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=tuple(digests), notes=tuple(notes))
+
+    def _refuse_others(self, digests: Sequence[str]) -> None:
+        expected = self.extras.content_digests
+        for checkpoint, found, wanted in zip(self.plan.checkpoints, digests, expected or digests, strict=True):
+            if found != wanted:
+                raise ChangedIngredientError(
+                    f"{checkpoint.path}: its data changed since the recipe was chosen. Put it back, or begin anew."
+                )
 
     def _reduce(self, sampler: PeakSampler) -> Outcome:
         plan = self.plan

@@ -45,10 +45,9 @@ def write_side_files(
     """
     destination, folder = workspace.destination, workspace.soup
     manifest = {**build_manifest(plan, recipe, identities, digests, device=device, notes=notes), "id": job_id}
-    prefix = f"{destination.companion_stem}." if destination.is_file else ""
     resolved = with_paths(recipe, lambda path: str(Path(path).resolve()))
-    write_durably(folder / f"{prefix}{MANIFEST_NAME}", manifest_to_json(manifest))
-    write_durably(folder / f"{prefix}{RECIPE_NAME}", recipe_to_yaml(resolved))
+    write_durably(workspace.beside(MANIFEST_NAME), manifest_to_json(manifest))
+    write_durably(workspace.beside(RECIPE_NAME), recipe_to_yaml(resolved))
     if destination.is_file:
         return
     write_durably(folder / "README.md", model_card(plan, recipe, manifest))

@@ -119,6 +119,11 @@ class Workspace:
         self.journal_path = self.folder / "journal"
         self._lock: int | None = None
 
+    def beside(self, name: str) -> Path:
+        """Where a file beside the weights is written; beside a single file it has that one's name in front."""
+        prefix = f"{self.destination.companion_stem}." if self.destination.is_file else ""
+        return self.soup / f"{prefix}{name}"
+
     @property
     def exists(self) -> bool:
         """Whether unfinished work lies there."""

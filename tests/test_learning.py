@@ -567,6 +567,7 @@ def test_a_single_file_may_be_asked_for(tmp_path):
 def test_what_was_learned_lies_beside_the_soup(tmp_path):
     _, _, result = learned(tmp_path, "F32", by="layer")
     document = json.loads((tmp_path / "soup" / "learned.json").read_text(encoding="utf-8"))
+    assert document.pop("id")
     assert document == json.loads(json.dumps(result.to_json()))
     assert document["coefficients"] == {g: row.tolist() for g, row in in_names(result).items()}
     assert (tmp_path / "soup" / "config.json").exists()

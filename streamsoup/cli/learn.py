@@ -99,7 +99,12 @@ def run(args: argparse.Namespace) -> int:
     paths = expand_paths(args.ingredients)
     paths = paths if args.as_given else natural_order(paths)
     if args.dry_run:
-        how = {"by": args.group or args.by or "model", "init": args.init or "uniform", "restrict": args.restrict}
+        how = {
+            "by": args.group or args.by or "model",
+            "init": args.init or "uniform",
+            "restrict": args.restrict,
+            "held_out": True,
+        }
         options = {name: value for name, value in _options(args).items() if name != "optimizer"}
         _print_forecast(make_learn_job(paths, **how, optimizer=args.optimizer or "adamw", options=options), args)
         return 0
@@ -237,9 +242,9 @@ class _Table:
 
 def _print_forecast(job: Any, args: argparse.Namespace) -> None:
     from streamsoup.learning.forecast import LearnForecast
-    from streamsoup.pool import Pool
+    from streamsoup.learning.plans import open_pool
 
-    found = LearnForecast.of(job, Pool(job.ingredients, job.pool))
+    found = LearnForecast.of(job, open_pool(job))
     if args.json:
         print(json.dumps(found.to_json()))
         return

@@ -14,24 +14,25 @@ from typing import TYPE_CHECKING, Any
 from streamsoup.budget import PeakSampler
 from streamsoup.checkpoints import expand_paths, identify, identity_to_json, verify_unchanged
 from streamsoup.cook import cook
-from streamsoup.errors import ResumeError
+from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.execution import Execution, compile_notice
-from streamsoup.files import lock_folder, require_space_at, write_durably, writing_to
+from streamsoup.files import lock_folder, require_space_at, writing_to
 from streamsoup.learning.groups import By, Group, make_groups
 from streamsoup.learning.job import LearnJob, LearnResult, StepRecord, recipe_of, warnings_of
 from streamsoup.learning.loop import LearningLoop
 from streamsoup.learning.mixture import MakeOptimizer, Mixture, Numbers, optimizer_named
 from streamsoup.learning.network import Forward, LossFunction, Network, call_module
 from streamsoup.learning.options import Init, make_learn_job
-from streamsoup.learning.passes import Passes, reserved_bytes
-from streamsoup.learning.state import STATE_NAMES, StateFile
-from streamsoup.methods import Coefficients
+from streamsoup.learning.passes import Passes
+from streamsoup.learning.plans import join_groups, make_plans, open_pool
+from streamsoup.learning.state import JOB_NAME, STATE_NAMES, StateFile
+from streamsoup.making import Extras
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool
 from streamsoup.read import open_sources
 from streamsoup.sinks import ModuleSink
-from streamsoup.workspace import Workspace, check_destination, destination_of
+from streamsoup.workspace import Destination, Workspace, check_destination, destination_of
 
 if TYPE_CHECKING:
     import torch
@@ -124,10 +125,18 @@ def learn(
     Source: Wortsman et al. 2022, arXiv 2203.05482, "learned soup".
     """
     paths = expand_paths([ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients])
-    job = make_learn_job(paths, by=by, init=init, restrict=restrict, optimizer=optimizer, options=options)
+    job = make_learn_job(
+        paths,
+        by=by,
+        init=init,
+        restrict=restrict,
+        held_out=held_out is not None,
+        optimizer=optimizer,
+        options=options,
+    )
     kitchen = _Kitchen(
         job,
-        Pool(job.ingredients, job.pool, progress),
+        open_pool(job, progress),
         out=None if out is None else Path(out),
         workdir=None if workdir is None else Path(workdir),
         overwrite=overwrite,
@@ -154,8 +163,10 @@ class _Kitchen:
         pool, folder = self.pool, self.workdir
         if self.out is not None:
             destination = destination_of(self.out)
-            check_destination(destination, list(pool.checkpoints.values()), overwrite=self.overwrite)
-            if not _holds_work(folder):
+            again = self.overwrite or _is_published(destination, folder)
+            check_destination(destination, list(pool.checkpoints.values()), overwrite=again)
+            _refuse_nested(destination.path, folder)
+            if not restart and not _holds_state(folder):
                 Workspace(destination).refuse_unfinished()
             require_space_at([(self.out, pool.layout.file_bytes)])
         if folder is None:
@@ -168,7 +179,7 @@ class _Kitchen:
             _own(folder, restart=restart)
             yield
         except BaseException as error:
-            if _holds_work(folder):
+            if _holds_state(folder):
                 error.add_note(f"What was learned so far is kept in {folder}; the same command goes on from there.")
             raise
         finally:
@@ -189,26 +200,23 @@ class _Kitchen:
         """Learn, and write the soup."""
         began = time.perf_counter()
         job, pool = self.job, self.pool
-        plan = pool.plan(
-            list(pool.checkpoints.values()),
-            Coefficients(tuple(job.start.tolist())),
-            reserved_bytes=reserved_bytes(pool),
-        )
+        plan = make_plans(job, pool).forming
         sink = ModuleSink(module, plan, strict=True)
         network = Network(module, loss_fn, forward, plan)
+        plans = make_plans(job, pool, network.gradient_like(plan))
         groups = make_groups(job.by, plan.table.names, plan.averaged, network.tied)
+        mixture = Mixture(
+            job.start[None].repeat(len(groups), axis=0),
+            parts=join_groups(plans.forming, groups),
+            parametrisation=job.parametrisation,
+            make_optimizer=optimizer_named(optimizer, lr=job.lr, weight_decay=job.weight_decay),
+            temperature=job.temperature,
+        )
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
         state = StateFile(self.workdir, job, identities)
         standing = state.begin(pool.checkpoints)
         with open_sources(plan.checkpoints, pool.mode) as sources, network.learning():
-            passes = Passes(pool, plan, network.gradient_like(plan), groups, sources, sink)
-            mixture = Mixture(
-                job.start[None].repeat(len(groups), axis=0),
-                parts=passes.parts,
-                parametrisation=job.parametrisation,
-                make_optimizer=optimizer_named(optimizer, lr=job.lr, weight_decay=job.weight_decay),
-                temperature=job.temperature,
-            )
+            passes = Passes(pool, plans, groups, network.tied, sources, sink)
             loop = LearningLoop(job, network, passes, mixture, state, standing, batches, held_out, on_step)
             with PeakSampler() as sampler:  # the first optimiser of a process imports 70 MB
                 coefficients, temperature = loop.run()
@@ -228,15 +236,15 @@ class _Kitchen:
             steps=tuple(standing.steps),
             recipe=recipe_of(job, _by_tensor(plan, groups, coefficients)),
             bytes_read=passes.bytes_read,
-            projected_peak_bytes=passes.projected_peak_bytes,
+            projected_peak_bytes=plans.projected_peak_bytes,
             measured_peak_bytes=sampler.peak_bytes,
             seconds=time.perf_counter() - began,
             notes=(*warnings_of(job, standing.examples, job.free(passes.varying_groups)), *passes.notes),
         )
-        self._publish(result)
+        self._publish(result, state.id, passes.content_digests)
         return result
 
-    def _publish(self, result: LearnResult) -> None:
+    def _publish(self, result: LearnResult, job_id: str, digests: Sequence[str]) -> None:
         if result.path is None:
             return
         options = self.pool.options
@@ -248,13 +256,12 @@ class _Kitchen:
                 device=options.device,
                 workers=options.workers,
                 read_mode=options.read_mode,
-                overwrite=self.overwrite,
+                overwrite=self.overwrite or _is_published(destination_of(result.path), self.workdir),
                 restart=True,
                 progress=self.pool.progress,
             ),
+            Extras({_RESULT_NAME: json.dumps({"id": job_id, **result.to_json()}, indent=1)}, tuple(digests)),
         )
-        if result.path.is_dir():
-            write_durably(result.path / _RESULT_NAME, json.dumps(result.to_json(), indent=1))
 
 
 def _by_tensor(plan: Plan, groups: Sequence[Group], coefficients: Numbers) -> Mapping[str, Numbers] | Numbers:
@@ -264,8 +271,31 @@ def _by_tensor(plan: Plan, groups: Sequence[Group], coefficients: Numbers) -> Ma
     return {plan.table.names[t]: row for g, row in zip(groups, coefficients, strict=True) for t in g.tensors}
 
 
-def _holds_work(folder: Path | None) -> bool:
-    return folder is not None and any((folder / name).exists() for name in STATE_NAMES)
+def _holds_state(folder: Path | None) -> bool:
+    return folder is not None and (folder / STATE_NAMES[0]).exists()
+
+
+def _is_published(destination: Destination, folder: Path | None) -> bool:
+    """Whether a run died after its soup took its place: making it again replaces it with the same."""
+    if folder is None or not _holds_state(folder):
+        return False
+    target = destination.path
+    beside = target.with_name(f"{destination.companion_stem}.{_RESULT_NAME}")
+    result = beside if destination.is_file else target / _RESULT_NAME
+    try:
+        ids = [json.loads(path.read_text(encoding="utf-8"))["id"] for path in (result, folder / JOB_NAME)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(ids[0] == ids[1])
+
+
+def _refuse_nested(target: Path, folder: Path | None) -> None:
+    if folder is None:
+        return
+    work = Path(os.path.realpath(folder))
+    place = Path(os.path.realpath(target))
+    if work == place or work in place.parents or place in work.parents:
+        raise DestinationError(f"{target}: and the work folder {folder} lie in one another. Choose another place.")
 
 
 def _own(folder: Path, *, restart: bool) -> None:

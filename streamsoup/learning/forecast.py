@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from streamsoup.checkpoints import held_like
-from streamsoup.dtypes import BY_NAME
 from streamsoup.learning.groups import make_groups
 from streamsoup.learning.job import LearnJob
-from streamsoup.learning.passes import join_groups, readings, reserved_bytes
-from streamsoup.methods import Coefficients
+from streamsoup.learning.plans import join_groups, make_plans, readings
 from streamsoup.pool import Pool
 
 
@@ -52,15 +47,11 @@ class LearnForecast:
         RecipeError, BudgetError
         """
         checkpoints = list(pool.checkpoints.values())
-        plan = pool.plan(checkpoints, Coefficients(tuple(job.start.tolist())), reserved_bytes=reserved_bytes(pool))
-        single = np.where(pool.averaged, np.uint8(BY_NAME["F32"].index), pool.out_dtypes).astype(np.uint8)
-        measuring = pool.plan_to_measure(
-            [*checkpoints, held_like(pool.first, single, "the gradient")], reserved_bytes=reserved_bytes(pool)
-        )
+        plans = make_plans(job, pool)
+        plan = plans.forming
         groups = make_groups(job.by, plan.table.names, plan.averaged)
         swept = sum(readings(plan, groups, part) for part in join_groups(plan, groups))
         whole = sum(int(c.table.nbytes.sum()) for c in checkpoints)
-        peaks = [p.projected_peak_bytes - pool.budget_bytes // 2 for p in (plan, measuring)]
         return LearnForecast(
             ingredients=len(checkpoints),
             groups=len(groups),
@@ -68,5 +59,5 @@ class LearnForecast:
             bytes_of_ingredients=whole,
             readings_a_step=swept / whole if whole else 0.0,
             budget_bytes=pool.budget_bytes,
-            projected_peak_bytes=sum(peaks),
+            projected_peak_bytes=plans.projected_peak_bytes,
         )

@@ -54,8 +54,8 @@ def make_groups(
     found: dict[str, list[int]] = {}
     for tensor in averaged:
         found.setdefault(name_of(names[(tied or {}).get(tensor, tensor)]), []).append(tensor)
-    for pattern in () if isinstance(by, str) else by:
-        if pattern not in found:
+    for number, pattern in enumerate(() if isinstance(by, str) else by):
+        if pattern in by[:number] or not any(matches(pattern, names[t]) for t in found.get(pattern, ())):
             raise RecipeError(
                 f"by: {pattern!r} fits no tensor that an earlier pattern does not. Correct it or leave it out."
             )

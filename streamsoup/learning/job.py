@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from streamsoup.errors import RecipeError
 from streamsoup.learning.groups import By
-from streamsoup.learning.mixture import Numbers
+from streamsoup.learning.mixture import PARAMETRISATIONS, Numbers
 from streamsoup.pool import PoolOptions
 from streamsoup.recipe import Ingredient, Recipe
 
@@ -60,12 +61,16 @@ class LearnJob:
         if len(set(self.ingredients)) < len(self.ingredients):
             twice = next(path for path in self.ingredients if self.ingredients.count(path) > 1)
             raise RecipeError(f"{twice}: is named twice. Name it once.")
-        if not self.lr > 0:
+        if self.parametrisation not in PARAMETRISATIONS:
+            raise RecipeError(f"parametrisation: {self.parametrisation!r} is not one of {', '.join(PARAMETRISATIONS)}.")
+        if not 0 < self.lr < math.inf:
             raise RecipeError(f"lr: {self.lr:g}, but a step has a length. Give a positive number.")
-        for name in ("epochs", "accumulate", "patience"):
+        if not 0 <= self.weight_decay < math.inf:
+            raise RecipeError(f"weight_decay: {self.weight_decay:g} is not a number from zero on.")
+        for name, least in (("epochs", 1), ("accumulate", 1), ("patience", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name}: {value}, but at least one is needed.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise RecipeError(f"{name}: {value!r} is not a whole number from {least} on.")
 
     @property
     def start(self) -> Numbers:

@@ -68,11 +68,12 @@ class LearningLoop:
         while standing.epoch < self.job.epochs and not self._is_enough:
             self._epoch()
         formed = self.mixture.all_coefficients()
-        if standing.best is None:
-            return formed, self._temperature
-        if not np.array_equal(standing.best, formed):
-            self.passes.form(standing.best)
-        return standing.best, standing.best_temperature
+        best, temperature = standing.best, standing.best_temperature
+        if best is None:
+            best, temperature = formed, self._temperature
+        if not np.array_equal(best, formed) or self.network.may_change:
+            self.passes.form(best)
+        return best, temperature
 
     @property
     def _temperature(self) -> float | None:
@@ -129,7 +130,7 @@ class LearningLoop:
     def _evaluate(self, step: int) -> float:
         """Look at the held-out loss of the soup that is formed after a step, and remember the best."""
         standing = self.standing
-        loss = self.network.evaluate(self.held_out, self.mixture.temperature)
+        loss = self.network.evaluate(self.held_out, self.mixture.temperature, self.job.seed)
         standing.first_loss = loss if standing.first_loss is None else standing.first_loss
         if standing.best_loss is None or loss < standing.best_loss:
             standing.best, standing.best_loss = self.mixture.all_coefficients(), loss

@@ -17,6 +17,8 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 MakeOptimizer: TypeAlias = Callable[[Any], Any]
 PARAMETRISATIONS = ("softmax", "free")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+# Less is nothing beside a sum of one, and sums of float64 tensors are not proved for it.
+_LEAST = 2.0**-400
 
 
 def optimizer_named(name: str | MakeOptimizer, *, lr: float, weight_decay: float) -> MakeOptimizer:
@@ -73,8 +75,6 @@ class Mixture:
     ) -> None:
         import torch
 
-        if parametrisation not in PARAMETRISATIONS:
-            raise RecipeError(f"parametrisation: {parametrisation!r} is not one of {', '.join(PARAMETRISATIONS)}.")
         self._softmax = parametrisation == "softmax"
         if self._softmax and not (initial > 0).all():
             raise RecipeError(
@@ -91,7 +91,9 @@ class Mixture:
 
     def coefficients(self, part: int) -> Numbers:
         """Coefficients of a part, shape (groups of the part, ingredients)."""
-        return np.asarray(self._mixed(self._parts[part]).detach().numpy()).copy()
+        found = np.asarray(self._mixed(self._parts[part]).detach().numpy()).copy()
+        found[np.abs(found) < _LEAST] = 0.0
+        return found
 
     def all_coefficients(self) -> Numbers:
         """Coefficients of all groups, shape (groups, ingredients)."""
@@ -113,7 +115,8 @@ class Mixture:
 
         raw = self._parts[part]
         raw.grad = None
-        (self._mixed(raw) * torch.from_numpy(products)).sum().backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            (self._mixed(raw) * torch.from_numpy(products)).sum().backward()  # type: ignore[no-untyped-call]
         self._step()
         raw.grad = None
         return self.coefficients(part)

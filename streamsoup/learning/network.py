@@ -115,24 +115,39 @@ class Network:
         self.module.zero_grad(set_to_none=True)
         total = 0.0
         for number, batch in enumerate(batches):
-            with torch.random.fork_rng():
-                torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]))
+            with _seeded(*seed, number), torch.enable_grad():
                 loss = self._loss(batch, temperature) / len(batches)
+                if not loss.requires_grad:
+                    raise RecipeError("The loss has no gradient: it does not depend on the network's parameters.")
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not np.isfinite(total):
             raise NonFiniteError([f"The loss is {total}."], "Lower the learning rate, or begin from a better soup.")
         return total
 
-    def evaluate(self, batches: Any, temperature: torch.Tensor | None) -> float:
-        """Return the mean loss over batches, without a gradient."""
+    def evaluate(self, batches: Any, temperature: torch.Tensor | None, seed: int) -> float:
+        """Return the mean loss over batches, without a gradient.
+
+        Raises
+        ------
+        NonFiniteError
+            If it is NaN or infinite.
+        """
         import torch
 
-        with torch.no_grad():
+        with _seeded(seed), torch.no_grad():
             losses = [float(self._loss(batch, temperature)) for batch in batches]
         if not losses:
             raise RecipeError("There are no held-out batches. Give some, or leave them out altogether.")
-        return float(np.mean(losses))
+        loss = float(np.mean(losses))
+        if not np.isfinite(loss):
+            raise NonFiniteError([f"The held-out loss is {loss}."], "Lower the learning rate, or look at the batches.")
+        return loss
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a forward pass may change what the soup has: buffers, in ``train`` mode."""
+        return any(m.training and next(m.buffers(recurse=False), None) is not None for m in self.module.modules())
 
     def _loss(self, batch: Any, temperature: torch.Tensor | None) -> torch.Tensor:
         try:
@@ -140,7 +155,11 @@ class Network:
         except (TypeError, ValueError):
             raise RecipeError("A batch is a pair of inputs and targets; one of these is not.") from None
         logits = self._forward(self.module, inputs)
-        return self._loss_fn(logits if temperature is None else logits * temperature, targets)
+        loss = self._loss_fn(logits if temperature is None else logits * temperature, targets)
+        if getattr(loss, "ndim", None) != 0:
+            shape = tuple(getattr(loss, "shape", ()))
+            raise RecipeError(f"loss_fn returned {type(loss).__name__} {shape}, not a scalar tensor. Take the mean.")
+        return loss
 
     def gradient_like(self, plan: Plan) -> HeldCheckpoint:
         """Describe the gradient as an ingredient of a plan."""
@@ -152,6 +171,16 @@ class Network:
     def gradient(self) -> Gradient:
         """Return the gradient that `backward` gathered."""
         return Gradient({t: p.grad for t, p in self._of.items() if p.grad is not None})
+
+
+@contextlib.contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Have torch's random numbers depend on these alone, and leave its generators as they were."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+        yield
 
 
 class Gradient(Source):
@@ -168,7 +197,7 @@ class Gradient(Source):
     """
 
     def __init__(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        self._held = {tensor: gradient.detach().cpu().contiguous() for tensor, gradient in gradients.items()}
+        self._held = {tensor: _dense(gradient.detach()).cpu().contiguous() for tensor, gradient in gradients.items()}
 
     def __contains__(self, tensor: int) -> bool:
         return tensor in self._held
@@ -181,3 +210,8 @@ class Gradient(Source):
         target = address_of(staging)
         ctypes.memmove(target, address, nbytes)
         return target
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient, as embeddings may have, is no contiguous memory."""
+    return gradient.to_dense() if gradient.is_sparse or gradient.is_sparse_csr else gradient

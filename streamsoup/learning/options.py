@@ -27,6 +27,7 @@ def make_learn_job(
     by: By,
     init: Init,
     restrict: bool,
+    held_out: bool,
     optimizer: str | MakeOptimizer,
     options: Mapping[str, Any],
 ) -> LearnJob:
@@ -43,6 +44,8 @@ def make_learn_job(
     own = {name: given.pop(name) for name in _OF_JOB if name in given}
     if given:
         raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a learned soup.")
+    if "patience" in own and not held_out:
+        raise RecipeError("patience: waits for a lower held-out loss, but there are no held-out batches. Give both.")
     start = _start(paths, init)
     if restrict and start is not None:
         chosen = [i for i, weight in enumerate(start) if weight]
@@ -59,7 +62,7 @@ def make_learn_job(
 
 def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
     """Coefficients to begin with, that add up to one; None: equal ones."""
-    if init == "uniform":
+    if isinstance(init, str) and init == "uniform":
         return None
     if isinstance(init, str | Path):
         init = _weights_of(Path(init))
@@ -71,6 +74,7 @@ def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
         if unknown := sorted(weights.keys() - set(known)):
             raise RecipeError(f"init: {unknown[0]} has a weight, but is not among the ingredients.")
         init = [weights.get(path, 0.0) for path in known]
+    init = [float(weight) for weight in init]
     if len(init) != len(paths):
         raise RecipeError(f"init: {len(paths)} ingredients, but {len(init)} weights. Give one for each.")
     total = sum(init)

@@ -7,18 +7,19 @@ are) its bytes are read twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints import Checkpoint, HeldCheckpoint
 from streamsoup.engine import Engine
-from streamsoup.errors import ChangedIngredientError, NonFiniteError
+from streamsoup.errors import ChangedIngredientError, MismatchError, NonFiniteError
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.learning.groups import Group
 from streamsoup.learning.mixture import Numbers
 from streamsoup.learning.network import Gradient
+from streamsoup.learning.plans import Plans, is_kept, join_groups
+from streamsoup.manifest import content_digests
 from streamsoup.measurement import SumMeasurement
 from streamsoup.methods import Coefficients
 from streamsoup.methods.protocol import Products
@@ -38,10 +39,10 @@ class Passes:
     Parameters
     ----------
     pool : Pool
-    plan : Plan
-        Of the soup, with half of the budget reserved.
-    gradient_like : HeldCheckpoint
+    plans : Plans
     groups : sequence of Group
+    tied : mapping of int to int
+        Tensors that go into the same parameter as an earlier one.
     sources : sequence of Source
         One for each ingredient.
     sink : Sink
@@ -55,33 +56,31 @@ class Passes:
         Of ingredients, so far.
     notes : list of str
         What was let through on request.
+    content_digests : list of str
+        Of the ingredients; known after the first `form`.
     """
 
     def __init__(
         self,
         pool: Pool,
-        plan: Plan,
-        gradient_like: HeldCheckpoint,
+        plans: Plans,
         groups: Sequence[Group],
+        tied: Mapping[int, int],
         sources: Sequence[Source],
         sink: Sink,
     ) -> None:
         self._pool = pool
-        self._plan = plan
-        operands: list[Checkpoint] = [*plan.checkpoints, gradient_like]
-        self._measuring = pool.plan_to_measure(operands, reserved_bytes=reserved_bytes(pool))
+        self._plan = plans.forming
+        self._measuring = plans.measuring
         self._groups = groups
+        self._tied = tied
         self._sources = sources
         self._sink = sink
-        self.parts = join_groups(plan, groups)
+        self.parts = join_groups(self._plan, groups)
         self.bytes_read = 0
         self.notes: list[str] = []
+        self.content_digests: list[str] = []
         self._digests: npt.NDArray[np.uint64] | None = None
-
-    @property
-    def projected_peak_bytes(self) -> int:
-        """Bytes that are owned at most, beside module and gradient."""
-        return sum(p.projected_peak_bytes - self._pool.budget_bytes // 2 for p in (self._plan, self._measuring))
 
     @property
     def varying_groups(self) -> int:
@@ -103,6 +102,9 @@ class Passes:
         check_copied(self._plan, engine.outcome, self._pool.options.buffers)
         for part in self.parts:
             self._form(engine, part, coefficients[part], again=False)
+        if self._digests is None:
+            self._refuse_unequal(engine.outcome)
+            self.content_digests = content_digests(self._plan, engine.outcome.digests)
         self._conclude(engine.outcome)
 
     def step(self, gradient: Gradient, update: Update) -> None:
@@ -130,6 +132,16 @@ class Passes:
                 )
             self._form(forming, part, update(number, products), again=kept)
         self._conclude(forming.outcome)
+
+    def _refuse_unequal(self, formed: Outcome) -> None:
+        """Refuse tensors that go into one parameter and are not the same."""
+        for tensor, first in self._tied.items():
+            unequal = np.flatnonzero(formed.digests[:, tensor] != formed.digests[:, first])
+            if len(unequal):
+                names, path = self._plan.table.names, self._plan.checkpoints[int(unequal[0])].path
+                raise MismatchError(
+                    [f"{names[tensor]}: is the same parameter as {names[first]} in the module, but not in {path}."]
+                )
 
     def _engine(self, plan: Plan, sources: Sequence[Source], sink: Sink) -> Engine:
         self._pool.prepare(measured=plan is self._measuring)
@@ -170,35 +182,3 @@ class Passes:
                 f"{self._plan.checkpoints[changed[0]].path}: its data changed since it was first read. Put it back, or "
                 "begin anew."
             )
-
-
-def join_groups(plan: Plan, groups: Sequence[Group]) -> list[slice]:
-    """Join groups while their bytes fit the budget: fewer sweeps, each with more to do."""
-    sizes = [sum(plan.bytes_of(t) for t in group.tensors) for group in groups]
-    parts, first, held = [], 0, 0
-    for number, size in enumerate(sizes):
-        if number > first and held + size > plan.budget_bytes:
-            parts.append(slice(first, number))
-            first, held = number, 0
-        held += size
-    return [*parts, slice(first, len(groups))]
-
-
-def _bytes_of(plan: Plan, groups: Sequence[Group], part: slice) -> int:
-    return sum(plan.bytes_of(t) for group in groups[part] for t in group.tensors)
-
-
-def is_kept(plan: Plan, groups: Sequence[Group], part: slice) -> bool:
-    """Whether what measuring read of a part is in the page cache when it is formed."""
-    return not plan.staged and _bytes_of(plan, groups, part) <= plan.budget_bytes
-
-
-def readings(plan: Plan, groups: Sequence[Group], part: slice) -> int:
-    """Bytes that a step reads of a part."""
-    return _bytes_of(plan, groups, part) * (1 if is_kept(plan, groups, part) else 2)
-
-
-def reserved_bytes(pool: Pool) -> int:
-    """What of the budget is not for forming, nor for measuring: the other's half, and the sums of each tensor."""
-    checkpoints, tensors = len(pool.checkpoints), len(pool.first.table)
-    return pool.budget_bytes // 2 + tensors * (16 * checkpoints + 500) // 2

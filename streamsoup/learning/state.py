@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from streamsoup.learning.job import LearnJob, StepRecord
 from streamsoup.learning.mixture import Numbers
 
 STATE_FORMAT = 1
-_STATE, _JOB = "state.safetensors", "learn.json"
+JOB_NAME = "learn.json"
+_STATE = "state.safetensors"
 _CHANGES_NOTHING = ("budget_bytes", "device", "workers", "read_mode", "sums", "sums_dtype")
 
 
@@ -65,11 +67,17 @@ class StateFile:
     folder : Path or None
     job : LearnJob
     identities : mapping of path to shard identities
+
+    Attributes
+    ----------
+    id : str
+        Tells the soup of this work from another in the same place.
     """
 
     def __init__(self, folder: Path | None, job: LearnJob, identities: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._document = {"learn": STATE_FORMAT, "job": _decisive(job), "identities": dict(identities)}
+        self.id = uuid.uuid4().hex
+        self._document = {"learn": STATE_FORMAT, "job": _decisive(job), "identities": dict(identities), "id": self.id}
 
     def begin(self, checkpoints: Mapping[str, Checkpoint]) -> Standing:
         """Take up what lies in the folder, or write down what is begun.
@@ -83,13 +91,13 @@ class StateFile:
         folder = self._folder
         if folder is None:
             return Standing()
-        if not (folder / _JOB).exists():
-            write_durably(folder / _JOB, json.dumps(self._document, indent=1))
+        if not (folder / _STATE).exists():  # nothing was learned that could be lost
+            write_durably(folder / JOB_NAME, json.dumps(self._document, indent=1))
             return Standing()
         try:
-            found = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+            found = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
             same = found["learn"] == STATE_FORMAT and found["job"] == json.loads(json.dumps(self._document["job"]))
-            identities = found["identities"]
+            identities, self.id = found["identities"], str(found["id"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ResumeError(f"{folder}: is not readable by this version. Begin anew with --restart.") from None
         if not same:
@@ -124,7 +132,7 @@ class StateFile:
 
         plain = asdict(replace(standing, best=None, mixture={}))
         document = {name: value for name, value in plain.items() if name not in ("best", "mixture")}
-        arrays = {name: np.ascontiguousarray(array) for name, array in standing.mixture.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in standing.mixture.items()}
         if standing.best is not None:
             arrays["best"] = standing.best
         write_durably(self._folder / _STATE, save(arrays, {"standing": json.dumps(document)}))
@@ -137,5 +145,5 @@ def _decisive(job: LearnJob) -> dict[str, Any]:
     return document
 
 
-STATE_NAMES = (_STATE, _JOB, f".{_STATE}.new", f".{_JOB}.new")
+STATE_NAMES = (_STATE, JOB_NAME, f".{_STATE}.new", f".{JOB_NAME}.new")
 """All that learning puts into a work folder."""
