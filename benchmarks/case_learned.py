@@ -36,10 +36,14 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     ceilings = [mapped_read_seconds(files, available_cores()) for _ in range(max(2, repeats))]
     figures["mapped_read_seconds"] = summary(ceilings)
     figures["mapped_read_bytes"] = sum(file.stat().st_size for file in files)
-    # The network, its gradient, and what autograd holds on the way take about four times its bytes.
-    most = min(max(COUNTS), int(free_bytes() * 0.85 / each) - 4)
-    for count in sorted({_WARM, most}):
-        figures["memory"][str(count)] = _several(folder, ["memory"], paths[:count], 1)
+    most = min(max(COUNTS), int(free_bytes() * 0.8 / each) - 4)
+    while most > _WARM:  # the largest number that the system does not kill
+        try:
+            figures["memory"][str(most)] = _several(folder, ["memory"], paths[:most], 1)
+            break
+        except SystemExit:
+            most -= 2
+    figures["memory"][str(_WARM)] = _several(folder, ["memory"], paths[:_WARM], 1)
     return figures
 
 
