@@ -85,7 +85,8 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"{count} ingredients, by {by}: owned",
-                f"{(found['above_module_bytes'] - alone) / 2**20:,.0f} MiB more than without learning",
+                f"{found['above_module_bytes'] / 2**20:,.0f} MiB above the network "
+                f"({(found['above_module_bytes'] - alone) / 2**20:+,.0f} beside training it)",
             )
         )
     for count, found in figures["memory"].items():
