@@ -5,12 +5,9 @@ JOB: {"point": name, "number": n, "before": bool, ...}; the process dies at the 
 did its work, or before it.
 """
 
-import json
 import os
-import signal
-import sys
-import tempfile
-import traceback
+
+from dying import die_at, serve
 
 import streamsoup
 from streamsoup import cook, engine, journal, side_files, workspace, write
@@ -38,30 +35,13 @@ POINTS = {
 }
 
 
-def arm(point, number, before):
-    owner, name = POINTS[point]
-    function = getattr(owner, name)
-    calls = [0]
-
-    def deadly(*args, **options):
-        calls[0] += 1
-        if before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **options)
-        if not before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, deadly)
-
-
 def run(job):
     # Many journal entries in a soup of a few hundred kilobytes.
     engine._COMMIT_SECONDS = 0.001
     if job.get("no_exchange"):
         write._renameat2 = lambda *_: False
     if job.get("point"):
-        arm(job["point"], job["number"], job.get("before", False))
+        die_at(*POINTS[job["point"]], job["number"], job.get("before", False))
     if job.get("resume"):
         streamsoup.resume(job["out"], streamsoup.Execution(workers=2))
     else:
@@ -70,22 +50,7 @@ def run(job):
 
 def main():
     open_backend("cpu").prepare(wide=False, fp8=False)
-    for line in sys.stdin:
-        with tempfile.TemporaryFile() as errors:
-            child = os.fork()
-            if child == 0:
-                try:
-                    run(json.loads(line))
-                except BaseException:
-                    errors.write(traceback.format_exc().encode())
-                    errors.flush()
-                    os._exit(1)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            errors.seek(0)
-            answer = {"code": os.waitstatus_to_exitcode(status), "errors": errors.read().decode()}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    serve(run)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
 import sys
 from pathlib import Path
+
+from dying import die_at
 
 
 def score(target: str, log: str, checkpoint: str) -> None:
@@ -29,25 +29,14 @@ def score(target: str, log: str, checkpoint: str) -> None:
     print(-float(np.square(values - np.load(target)).sum()))
 
 
-def die_at(point: str, number: int, *, before: bool) -> None:
-    """Have the process kill itself at the n-th call of ``module:qualified.name``."""
+def find(point: str) -> tuple[object, str]:
+    """The owner and the name of ``module:qualified.name``."""
     module_name, _, name = point.partition(":")
     owner = importlib.import_module(module_name)
     *path, last = name.split(".")
     for part in path:
         owner = getattr(owner, part)
-    real, calls = getattr(owner, last), [0]
-
-    def dying(*args, **keywords):
-        calls[0] += 1
-        if calls[0] == number and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **keywords)
-        if calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, last, dying)
+    return owner, last
 
 
 def main() -> None:
@@ -58,7 +47,7 @@ def main() -> None:
     import streamsoup
 
     if job["point"]:
-        die_at(job["point"], job["number"], before=job["before"])
+        die_at(*find(job["point"]), job["number"], job["before"])
     if (Path(job["workdir"]) / "greedy.json").exists():
         streamsoup.resume_greedy(job["workdir"])
     else:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dying import serving
 from factory import fine_tunes, read_checkpoint, realistic, weights_bytes, write_checkpoint, write_sparse
 
 import streamsoup
@@ -45,33 +46,17 @@ KILLS = [
 ]
 
 
-class Driver:
-    """See `crash_driver.py`."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, **job: object) -> bool:
-        """Run a job; return whether it was killed. Anything but a kill or success fails the test."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert answer["code"] in (-signal.SIGKILL, 0), answer["errors"]
-        return answer["code"] != 0
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
 def drive():
-    driver = Driver()
-    yield driver
-    driver.close()
+    """Runs a job of `crash_driver.py`, and returns whether it was killed; anything but a kill or success is a fault."""
+    with serving(DRIVER) as ask:
+
+        def drive(**job: object) -> bool:
+            answer = ask(job)
+            assert answer["code"] in (-signal.SIGKILL, 0), answer["errors"]
+            return answer["code"] != 0
+
+        yield drive
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dying import die_at, serve, serving
 from factory import read_checkpoint, weights_bytes, write_checkpoint
 
 import streamsoup
@@ -114,30 +111,13 @@ POINTS = {
 # -- the script ----------------------------------------------------------------------------------------------------
 
 
-def arm(point, number, before):
-    """Have this process die at the n-th call of a point, before or after it did its work."""
-    owner, name = POINTS[point]
-    real, calls = getattr(owner, name), [0]
-
-    def deadly(*args, **options):
-        calls[0] += 1
-        if before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **options)
-        if not before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, deadly)
-
-
 def run(job):
     """Start or resume; returns what the test wants to know."""
     target = [np.array(part) for part in np.load(job["target"])]
     target = [target[0], target[1][: len(target[1])]]
     score = FileScore(job["diary"], target)
     if job.get("point"):
-        arm(job["point"], job["number"], job["before"])
+        die_at(*POINTS[job["point"]], job["number"], job["before"])
     if (Path(job["workdir"]) / "greedy.json").exists():
         result = streamsoup.resume_greedy(job["workdir"], score=score)
     else:
@@ -153,29 +133,11 @@ def run(job):
     }
 
 
-def serve():
-    """Answer each job with the exit code of its fork, its errors and what `run` returned."""
+def main():
     from streamsoup.backends import open_backend
 
     open_backend("cpu").prepare(wide=False, fp8=False)
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-            child = os.fork()
-            if child == 0:
-                code = 0
-                try:
-                    json.dump(run(json.loads(line)), said)
-                except BaseException:
-                    said.write(traceback.format_exc())
-                    code = 1
-                said.flush()
-                os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            said.seek(0)
-            text = said.read()
-        answer = {"code": code, "errors": text} if code else {"code": 0, **json.loads(text)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    serve(run)
 
 
 # -- the tests -----------------------------------------------------------------------------------------------------
@@ -183,18 +145,8 @@ def serve():
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    with process:
-
-        def ask(job):
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
+    with serving(__file__) as ask:
         yield ask
-        process.stdin.close()
 
 
 def make_runs(folder, count=5, bad=(2,)):
@@ -541,4 +493,4 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
 
 
 if __name__ == "__main__":
-    serve()
+    main()

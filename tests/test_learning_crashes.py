@@ -11,17 +11,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dying import die_at, serve, serving
 from factory import read_checkpoint, weights_bytes, write_checkpoint
 from learning_pools import Dropping, as_array, make_batches, stored_states, write_states
 from torch.nn.functional import cross_entropy
@@ -70,23 +67,6 @@ KINDS = {
 # -- the script ----------------------------------------------------------------------------------------------------
 
 
-def arm(point, number, before):
-    """Have this process die at the n-th call of a point, before or after it did its work."""
-    owner, name = POINTS[point]
-    real, calls = getattr(owner, name), [0]
-
-    def deadly(*args, **options):
-        calls[0] += 1
-        if before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **options)
-        if not before and calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, deadly)
-
-
 def die_after(seconds):
     """Have this process die at some moment."""
 
@@ -129,7 +109,7 @@ def run(job):
     torch.set_num_threads(1)
     torch.manual_seed(job.get("user_seed", 0))
     if job.get("point"):
-        arm(job["point"], job["number"], job["before"])
+        die_at(*POINTS[job["point"]], job["number"], job["before"])
     if job.get("seconds"):
         die_after(job["seconds"])
     module, result = learn(job)
@@ -156,30 +136,12 @@ def state_of(folder):
     }
 
 
-def serve():
-    """Answer each job with the exit code of its fork, its errors and what `run` returned."""
+def main():
     from streamsoup.backends import open_backend
 
     importlib.import_module("torch._dynamo")  # what the first optimiser imports, once for all forks
     open_backend("cpu").prepare(wide=True, fp8=False, measured=True)
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-            child = os.fork()
-            if child == 0:
-                code = 0
-                try:
-                    json.dump(run(json.loads(line)), said)
-                except BaseException:
-                    said.write(traceback.format_exc())
-                    code = 1
-                said.flush()
-                os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            said.seek(0)
-            text = said.read()
-        answer = {"code": code, "errors": text} if code else {"code": 0, **json.loads(text)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    serve(run)
 
 
 # -- the tests -----------------------------------------------------------------------------------------------------
@@ -196,18 +158,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    with process:
-
-        def ask(job):
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
+    with serving(__file__) as ask:
         yield ask
-        process.stdin.close()
 
 
 class Bench:
@@ -549,4 +501,4 @@ def test_a_soup_killed_while_it_was_published_is_not_left_half(tmp_path, bench):
 
 
 if __name__ == "__main__":
-    serve()
+    main()
