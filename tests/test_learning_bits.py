@@ -114,7 +114,7 @@ def parts(monkeypatch):
     real = passes.Passes.form
 
     def form(self, coefficients):
-        seen.append((len(self.parts), len(self._groups), self._measuring.tiling.tile_elements))
+        seen.append((len(self._parts), len(self._groups), self._measuring.tiling.tile_elements))
         real(self, coefficients)
 
     monkeypatch.setattr(passes.Passes, "form", form)

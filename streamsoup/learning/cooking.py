@@ -24,7 +24,7 @@ from streamsoup.learning.mixture import MakeOptimizer, Mixture, Numbers, optimiz
 from streamsoup.learning.network import Forward, LossFunction, Network, call_module
 from streamsoup.learning.options import Init, make_learn_job
 from streamsoup.learning.passes import Passes
-from streamsoup.learning.plans import join_groups, make_plans, open_pool
+from streamsoup.learning.plans import Plans, join_groups, open_pool, plan_to_form, plan_to_measure
 from streamsoup.learning.state import JOB_NAME, STATE_NAMES, StateFile
 from streamsoup.making import Extras
 from streamsoup.outcome import Progress
@@ -200,14 +200,15 @@ class _Kitchen:
         """Learn, and write the soup."""
         began = time.perf_counter()
         job, pool = self.job, self.pool
-        plan = make_plans(job, pool).forming
+        plan = plan_to_form(job, pool)
         sink = ModuleSink(module, plan, strict=True)
         network = Network(module, loss_fn, forward, plan)
-        plans = make_plans(job, pool, network.gradient_like(plan))
+        plans = Plans(plan, plan_to_measure(pool, network.gradient_like(plan)))
         groups = make_groups(job.by, plan.table.names, plan.averaged, network.tied)
+        parts = join_groups(plan, groups)
         mixture = Mixture(
             job.start[None].repeat(len(groups), axis=0),
-            parts=join_groups(plans.forming, groups),
+            parts=parts,
             parametrisation=job.parametrisation,
             make_optimizer=optimizer_named(optimizer, lr=job.lr, weight_decay=job.weight_decay),
             temperature=job.temperature,
@@ -216,7 +217,7 @@ class _Kitchen:
         state = StateFile(self.workdir, job, identities)
         standing = state.begin(pool.checkpoints)
         with open_sources(plan.checkpoints, pool.mode) as sources, network.learning():
-            passes = Passes(pool, plans, groups, network.tied, sources, sink)
+            passes = Passes(pool, plans, groups, parts, network.tied, sources, sink)
             loop = LearningLoop(job, network, passes, mixture, state, standing, batches, held_out, on_step)
             with PeakSampler() as sampler:  # the first optimiser of a process imports 70 MB
                 coefficients, temperature = loop.run()

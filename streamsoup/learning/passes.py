@@ -18,7 +18,7 @@ from streamsoup.findings import check_copied, check_finite
 from streamsoup.learning.groups import Group
 from streamsoup.learning.mixture import Numbers
 from streamsoup.learning.network import Gradient
-from streamsoup.learning.plans import Plans, is_kept, join_groups
+from streamsoup.learning.plans import Plans, is_kept
 from streamsoup.manifest import content_digests
 from streamsoup.measurement import SumMeasurement
 from streamsoup.methods import Coefficients
@@ -41,6 +41,8 @@ class Passes:
     pool : Pool
     plans : Plans
     groups : sequence of Group
+    parts : sequence of slice
+        Groups that are updated together.
     tied : mapping of int to int
         Tensors that go into the same parameter as an earlier one.
     sources : sequence of Source
@@ -50,8 +52,6 @@ class Passes:
 
     Attributes
     ----------
-    parts : list of slice
-        Groups that are updated together.
     bytes_read : int
         Of ingredients, so far.
     notes : list of str
@@ -65,6 +65,7 @@ class Passes:
         pool: Pool,
         plans: Plans,
         groups: Sequence[Group],
+        parts: Sequence[slice],
         tied: Mapping[int, int],
         sources: Sequence[Source],
         sink: Sink,
@@ -73,10 +74,10 @@ class Passes:
         self._plan = plans.forming
         self._measuring = plans.measuring
         self._groups = groups
+        self._parts = parts
         self._tied = tied
         self._sources = sources
         self._sink = sink
-        self.parts = join_groups(self._plan, groups)
         self.bytes_read = 0
         self.notes: list[str] = []
         self.content_digests: list[str] = []
@@ -100,7 +101,7 @@ class Passes:
         engine = self._engine(self._plan, self._sources, self._sink)
         engine.run(self._plan.tiles(averaged=False))
         check_copied(self._plan, engine.outcome, self._pool.options.buffers)
-        for part in self.parts:
+        for part in self._parts:
             self._form(engine, part, coefficients[part], again=False)
         if self._digests is None:
             self._refuse_unequal(engine.outcome)
@@ -122,7 +123,7 @@ class Passes:
         """
         looking = self._engine(self._measuring, [*self._sources, gradient], Nowhere())
         forming = self._engine(self._plan, self._sources, self._sink)
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self._parts):
             kept = is_kept(self._plan, self._groups, part)
             products = self._measure(looking, part, gradient, keep=kept)
             if not np.isfinite(products).all():

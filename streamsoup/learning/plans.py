@@ -75,26 +75,36 @@ def _least(job: LearnJob, ample: Pool, budget_bytes: int) -> int | None:
     return None
 
 
-def make_plans(job: LearnJob, pool: Pool, gradient: HeldCheckpoint | None = None) -> Plans:
-    """Plan the forming of the soup, and the measuring of a gradient.
-
-    Parameters
-    ----------
-    job : LearnJob
-    pool : Pool
-    gradient : HeldCheckpoint, optional
-        By default one of the widest dtype.
+def make_plans(job: LearnJob, pool: Pool) -> Plans:
+    """Plan before the module is known: its gradient is taken to be of the widest dtype.
 
     Raises
     ------
     BudgetError
     """
-    checkpoints, reserved = list(pool.checkpoints.values()), _reserved_bytes(pool)
-    forming = pool.plan(checkpoints, Coefficients(tuple(job.start.tolist())), reserved_bytes=reserved)
-    if gradient is None:
-        widest = np.where(pool.averaged, np.uint8(BY_NAME["F64"].index), pool.out_dtypes).astype(np.uint8)
-        gradient = held_like(pool.first, widest, "the gradient")
-    return Plans(forming, pool.plan_to_measure([*checkpoints, gradient], reserved_bytes=reserved))
+    widest = np.where(pool.averaged, np.uint8(BY_NAME["F64"].index), pool.out_dtypes).astype(np.uint8)
+    return Plans(plan_to_form(job, pool), plan_to_measure(pool, held_like(pool.first, widest, "the gradient")))
+
+
+def plan_to_form(job: LearnJob, pool: Pool) -> Plan:
+    """Plan how the soup is formed.
+
+    Raises
+    ------
+    BudgetError
+    """
+    start = Coefficients(tuple(job.start.tolist()))
+    return pool.plan(list(pool.checkpoints.values()), start, reserved_bytes=_reserved_bytes(pool))
+
+
+def plan_to_measure(pool: Pool, gradient: HeldCheckpoint) -> Plan:
+    """Plan how the inner products of each ingredient with a gradient are measured.
+
+    Raises
+    ------
+    BudgetError
+    """
+    return pool.plan_to_measure([*pool.checkpoints.values(), gradient], reserved_bytes=_reserved_bytes(pool))
 
 
 def _reserved_bytes(pool: Pool) -> int:
