@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from streamsoup.measurement import Measurement, begin
+from streamsoup.measurement import Asking, begin
 from streamsoup.methods.protocol import Coefficients, Elementwise, Measure, Merge, Rule
 
 
@@ -20,7 +20,7 @@ class Asked:
     ----------
     rule : Coefficients, Elementwise or None
         What it decided; None while it wants `measurement`.
-    measurement : Measurement
+    measurement : SumMeasurement or RankMeasurement
     """
 
     def __init__(self, merge: Merge | Generator[Measure, Any, Any]) -> None:
@@ -46,7 +46,7 @@ class Asked:
     def _advance(self, result: Any) -> None:
         assert self._steps is not None
         try:
-            self.measurement: Measurement = begin(self._steps.send(result))
+            self.measurement: Asking = begin(self._steps.send(result))
         except StopIteration as end:
             self._steps = None
             self._decide(end.value)

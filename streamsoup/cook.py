@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from streamsoup.checkpoints import (
     identity_to_json,
     open_checkpoints,
 )
-from streamsoup.errors import ChangedIngredientError, ResumeError
+from streamsoup.errors import ChangedIngredientError, DestinationError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
 from streamsoup.making import NO_EXTRAS, Extras, Making, keep_or_remove
@@ -29,6 +30,7 @@ from streamsoup.methods.selected import select
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
 from streamsoup.planner import make_plan, tensor_bytes
+from streamsoup.ranks import Ranks, join_ranks, keep_first
 from streamsoup.read import choose_mode
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
 from streamsoup.units import parse_bytes
@@ -61,6 +63,7 @@ def soup(
     keep: bool = True,
     restart: bool = False,
     durable: bool = True,
+    distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> SoupResult:
     """Average checkpoints into one, tile by tile, under a byte budget.
@@ -99,7 +102,7 @@ def soup(
         What to do about NaN or infinity.
     budget_bytes : int or str, optional
         What the engine may own, such as ``"512MiB"``; by default a quarter of what is free, at most 2 GiB.
-    device, workers, read_mode, overwrite, keep, restart, durable, progress
+    device, workers, read_mode, overwrite, keep, restart, durable, distributed, progress
         See `Execution`.
 
     Returns
@@ -144,6 +147,7 @@ def soup(
         keep=keep,
         restart=restart,
         durable=durable,
+        distributed=distributed,
         progress=progress,
     )
     return cook(recipe, out, execution)
@@ -177,6 +181,14 @@ def plan_soup(
     ------
     StreamsoupError
     """
+    plan, settled = _plan(recipe, out, execution, resuming=resuming)
+    return plan, settled.read_mode
+
+
+def _plan(
+    recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False, local_ranks: int = 1
+) -> tuple[Plan, Execution]:
+    """Plan; returns what was chosen where nothing was asked for, too."""
     destination = None if out is None else destination_of(out)
     method = method_of(recipe)
     checkpoints = open_checkpoints(recipe.checkpoints)
@@ -184,21 +196,56 @@ def plan_soup(
     method, touched = select(method, recipe.include, recipe.exclude, names)
     touched = [*touched, *parameters_of(recipe).touched(names)]
     mode = choose_mode(checkpoints, execution.read_mode)
+    workers = worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints))
+    settled = replace(
+        execution,
+        budget_bytes=execution.budget_bytes or default_budget_bytes() // local_ranks,
+        workers=workers if execution.workers is not None else max(1, workers // local_ranks),
+        read_mode=mode,
+    )
+    assert settled.budget_bytes is not None
+    assert settled.workers is not None
     plan = make_plan(
         checkpoints,
         method,
         dtype=recipe.dtype,
         shard_bytes=recipe.shard_bytes,
         file_name=destination.path.name if destination and destination.is_file else None,
-        budget_bytes=execution.budget_bytes or default_budget_bytes(),
-        workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
+        budget_bytes=settled.budget_bytes,
+        workers=settled.workers,
         staged=mode == "plain" or execution.device != "cpu",
         ahead=mode == "ahead",
         touched=touched,
     )
     if destination is not None:
         check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
-    return plan, mode
+    return plan, settled
+
+
+def _plan_together(
+    ranks: Ranks, recipe: Recipe, out: str | Path, execution: Execution, *, resuming: bool = False
+) -> tuple[Plan, Execution]:
+    """Plan on every rank as on the first: with its budget, threads and way of reading.
+
+    Raises
+    ------
+    StreamsoupError
+    RankError
+        If the plans are not the same all the same.
+    """
+    plans: list[Plan] = []
+
+    def plan_first() -> tuple[int | None, int | None, str]:
+        plan, settled = _plan(recipe, out, execution, resuming=resuming, local_ranks=ranks.local_count)
+        plans.append(plan)
+        return settled.budget_bytes, settled.workers, settled.read_mode
+
+    budget_bytes, workers, mode = ranks.first(plan_first)
+    execution = replace(execution, budget_bytes=budget_bytes, workers=workers, read_mode=mode)
+    if not ranks.is_first:
+        plans.append(_plan(recipe, out, execution, resuming=True)[0])
+    ranks.agree("plan", f"{plans[0].fingerprint} {plans[0].tiling}")
+    return plans[0], execution
 
 
 def cook(recipe: Recipe, out: str | Path, execution: Execution, extras: Extras = NO_EXTRAS) -> SoupResult:
@@ -217,25 +264,55 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution, extras: Extras =
     StreamsoupError
     """
     began = time.perf_counter()
+    with join_ranks(execution.distributed) as ranks:
+        return ranks.fold(lambda: _cook(ranks, recipe, out, execution, extras, began), keep_first)
+
+
+def _cook(
+    ranks: Ranks, recipe: Recipe, out: str | Path, execution: Execution, extras: Extras, began: float
+) -> SoupResult:
+    if ranks.count > 1:
+        recipe, out = ranks.first(lambda: (with_absolute_paths(recipe), destination_of(out).path))
     workspace = Workspace(destination_of(out))
-    backend = open_backend(execution.device)
-    plan, mode = plan_soup(recipe, out, execution)
-    if execution.restart:
-        workspace.remove()
-    require_space(existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
-    workspace.refuse_unfinished()
-    job = {
-        "id": uuid.uuid4().hex,
-        "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
-        "fingerprint": plan.fingerprint,
-        "overwrite": execution.overwrite,
-        "boot": None if execution.durable else boot_id(),
-        "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
-    }
-    workspace.create()
-    with keep_or_remove(workspace, keep=execution.keep):
-        workspace.write_job(job)
-        return Making(plan, mode, recipe, workspace, job, backend, execution, began, extras).run()
+    backend = open_backend(ranks.device(execution.device))
+    plan, execution = _plan_together(ranks, recipe, out, execution)
+
+    def begin() -> dict[str, Any]:
+        if execution.restart:
+            workspace.remove()
+        require_space(existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
+        workspace.refuse_unfinished()
+        job = {
+            "id": uuid.uuid4().hex,
+            "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
+            "fingerprint": plan.fingerprint,
+            "overwrite": execution.overwrite,
+            "boot": None if execution.durable else boot_id() if ranks.count == ranks.local_count else "several",
+            "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
+        }
+        workspace.create()
+        return job
+
+    job = ranks.first(begin)
+    with _kept_by_first(ranks, workspace, execution):
+        ranks.first(lambda: workspace.write_job(job))
+        if not ranks.is_first:
+            _expect_same(workspace, plan, job)
+        return Making(plan, execution.read_mode, recipe, workspace, job, backend, execution, began, extras, ranks).run()
+
+
+def _kept_by_first(ranks: Ranks, workspace: Workspace, execution: Execution) -> contextlib.AbstractContextManager[None]:
+    return keep_or_remove(workspace, keep=execution.keep) if ranks.is_first else contextlib.nullcontext()
+
+
+def _expect_same(workspace: Workspace, plan: Plan, job: Mapping[str, Any]) -> None:
+    """Check that a rank sees the first one's work, and the same ingredients."""
+    if workspace.read_job()["id"] != job["id"]:
+        raise DestinationError(
+            f"{workspace.folder}: is not what rank 0 has there. The soup must go to a file system that all ranks share."
+        )
+    for checkpoint, identity in zip(plan.checkpoints, job["identities"], strict=True):
+        expect_identity(checkpoint, identity, what="the work began")
 
 
 def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: str | None = None) -> SoupResult:
@@ -258,36 +335,42 @@ def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: st
         If an ingredient is no longer what it was.
     """
     began = time.perf_counter()
-    with Workspace(destination_of(out)) as workspace:
+    execution = execution or Execution()
+    with join_ranks(execution.distributed) as ranks, Workspace(destination_of(out)) as workspace:
+        return ranks.fold(lambda: _resume(ranks, workspace, execution, nonfinite, began), keep_first)
+
+
+def _resume(
+    ranks: Ranks, workspace: Workspace, execution: Execution, nonfinite: str | None, began: float
+) -> SoupResult:
+    def take_up() -> tuple[dict[str, Any], SoupResult | None]:
         workspace.hold()
-        return _resume(workspace, execution or Execution(), nonfinite, began)
+        job = workspace.read_job()
+        if job["boot"] not in (None, boot_id()):
+            raise ResumeError(
+                f"{workspace.folder}: was begun without waiting for the disk (--no-sync), and the machine has "
+                "restarted since: its work may be damaged. Begin anew with --restart."
+            )
+        published = workspace.is_published(job["id"])
+        return job, _published_result(workspace, execution, began) if published else None
 
-
-def _resume(workspace: Workspace, execution: Execution, nonfinite: str | None, began: float) -> SoupResult:
-    job = workspace.read_job()
+    job, published = ranks.first(take_up)
+    if published is not None:
+        return published
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
         recipe = replace(recipe, nonfinite=nonfinite)
-    if job["boot"] not in (None, boot_id()):
-        raise ResumeError(
-            f"{workspace.folder}: was begun without waiting for the disk (--no-sync), and the machine has restarted "
-            "since: its work may be damaged. Begin anew with --restart."
-        )
-    if workspace.is_published(job["id"]):
-        return _published_result(workspace, execution, began)
-    backend = open_backend(execution.device)
+    backend = open_backend(ranks.device(execution.device))
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"], durable=True)
-    plan, mode = plan_soup(recipe, workspace.destination.path, execution, resuming=True)
-    cook = Making(plan, mode, recipe, workspace, job, backend, execution, began)
+    plan, execution = _plan_together(ranks, recipe, workspace.destination.path, execution, resuming=True)
     if plan.fingerprint != job["fingerprint"]:
         raise ChangedIngredientError(
             f"{workspace.folder}: was begun with ingredients of other names or shapes. Put the old files back, or "
             "begin anew with --restart."
         )
-    for checkpoint, identity in zip(plan.checkpoints, job["identities"], strict=True):
-        expect_identity(checkpoint, identity, what="the work began")
-    with keep_or_remove(workspace, keep=execution.keep):
-        return cook.run()
+    _expect_same(workspace, plan, job)
+    with _kept_by_first(ranks, workspace, execution):
+        return Making(plan, execution.read_mode, recipe, workspace, job, backend, execution, began, ranks=ranks).run()
 
 
 def _published_result(workspace: Workspace, execution: Execution, began: float) -> SoupResult:

@@ -47,6 +47,8 @@ class Engine:
         Enters tiles into a journal; called after the sink made them durable, from one thread at a time.
     progress : callable taking a Progress, optional
         Called about ten times a second from the thread that called `run`. An exception from it stops the run.
+    ranks : int
+        How many share the work: each has about as much to do as the others.
 
     Attributes
     ----------
@@ -67,6 +69,7 @@ class Engine:
         *,
         commit: Callable[[list[TileRecord]], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        ranks: int = 1,
     ) -> None:
         self.outcome = Outcome.empty(plan)
         self.work = TileWork(plan, backend, sources, sink)
@@ -75,6 +78,7 @@ class Engine:
         self._sink = sink
         self._commit = commit
         self._progress = progress
+        self._ranks = ranks
         self._began = time.perf_counter()
         self._lock = threading.Lock()
         self._finished: list[TileRecord] = []
@@ -243,7 +247,8 @@ class Engine:
             seconds = time.perf_counter() - self._began
             done = self._already_bytes + self._swept_bytes
             rate = self._swept_bytes / 1e9 / seconds if seconds else 0.0
-            self._progress(Progress(stage, done, self._plan.bytes_to_sweep, seconds, rate))
+            total = self._already_bytes + (self._plan.bytes_to_sweep - self._already_bytes) // self._ranks
+            self._progress(Progress(stage, done, total, seconds, rate))
 
     def _report_quietly(self, stage: str) -> None:
         """Report while an exception may be on its way: one from the callback must not hide it."""

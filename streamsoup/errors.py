@@ -17,6 +17,7 @@
     │   └── DiskSpaceError
     ├── IngredientReadError (OSError)        reading an ingredient failed
     ├── ScoreError (RuntimeError)            an evaluator failed or gave no number
+    ├── RankError (RuntimeError)             another process of a distributed run failed or died
     └── ResumeError (ValueError)             nothing to resume, or it does not belong to this job
 
 Each message is one sentence about the thing at fault (tensor, file, expected, found) and one thing to do.
@@ -131,6 +132,10 @@ class IngredientReadError(StreamsoupError, OSError):
 
 class ScoreError(StreamsoupError, RuntimeError):
     """An evaluator failed, took too long, or gave no finite number."""
+
+
+class RankError(StreamsoupError, RuntimeError):
+    """Another process of a distributed run failed or died."""
 
 
 class ResumeError(StreamsoupError, ValueError):

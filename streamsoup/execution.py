@@ -36,8 +36,10 @@ class Execution:
     durable : bool
         Wait until the weights are on the disk. Without it a crash of the program still loses nothing, but one of the
         machine may leave a soup that looks finished and is not.
+    distributed : bool
+        Share the work with the other ranks of ``torchrun``, all of which call the same.
     progress : callable taking a `Progress`, optional
-        An exception from it stops the run.
+        An exception from it stops the run. Of several ranks each tells of its share.
     on_compile : callable, optional
         Called once if kernels must be compiled.
     """
@@ -50,6 +52,7 @@ class Execution:
     keep: bool = True
     restart: bool = False
     durable: bool = True
+    distributed: bool = False
     progress: Callable[[Progress], None] | None = None
     on_compile: Callable[[], None] | None = None
 
@@ -87,6 +90,8 @@ class SoupResult:
         One for each ingredient.
     notes : tuple of str
         What was let through on request.
+    ranks : int
+        Processes that made it. Bytes and thread-seconds are of all, peaks those of the one with most.
     """
 
     path: Path
@@ -107,6 +112,7 @@ class SoupResult:
     limited_by: str
     content_digests: tuple[str, ...]
     notes: tuple[str, ...]
+    ranks: int = 1
 
     @property
     def gb_per_s(self) -> float:

@@ -10,7 +10,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,11 +64,6 @@ class Journal:
         self._durable = durable
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was ever finished."""
-        return next(self.read(), None) is None
-
     def read(self) -> Iterator[TileRecord]:
         """Yield all records, one frame in memory at a time; a torn tail is cut off when its place is reached."""
         position = 0
@@ -104,6 +99,13 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_journals(paths: Iterable[Path]) -> Iterator[TileRecord]:
+    """Yield the records of several journals, one frame in memory at a time."""
+    for path in paths:
+        with Journal(path) as journal:
+            yield from journal.read()
 
 
 def _encode(records: Sequence[TileRecord]) -> bytes:

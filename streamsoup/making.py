@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ from streamsoup.errors import ChangedIngredientError, MismatchError
 from streamsoup.execution import Execution, SoupResult, compile_notice
 from streamsoup.files import write_durably
 from streamsoup.findings import check_copied, check_finite
-from streamsoup.journal import Journal
+from streamsoup.journal import Journal, read_journals
 from streamsoup.manifest import content_digests
-from streamsoup.merging import reduce_all
+from streamsoup.merging import copy_all, reduce_all
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
-from streamsoup.read import open_sources
+from streamsoup.ranks import ALONE, Ranks
+from streamsoup.read import Source, open_sources
 from streamsoup.recheck import recheck, written_again
 from streamsoup.recipe import Recipe
 from streamsoup.side_files import write_side_files
@@ -65,8 +67,15 @@ class Making:
     execution: Execution
     began: float
     extras: Extras = NO_EXTRAS
+    ranks: Ranks = ALONE
 
     def run(self) -> SoupResult:
+        """Make the soup; each rank does its share, and the first one the rest."""
+        outcome, peak_bytes = self.ranks.fold(self._share, _joined)
+        return self.ranks.first(lambda: self._publish(outcome, peak_bytes))
+
+    def _share(self) -> tuple[Outcome, int]:
+        """Reduce this rank's share; returns what was found, and the bytes that were owned at most."""
         plan, execution = self.plan, self.execution
         dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
@@ -78,6 +87,10 @@ class Making:
             outcome = self._reduce(sampler)
         for checkpoint in plan.checkpoints:
             verify_unchanged(checkpoint)
+        return outcome, sampler.peak_bytes
+
+    def _publish(self, outcome: Outcome, peak_bytes: int) -> SoupResult:
+        plan, execution = self.plan, self.execution
         notes = check_copied(plan, outcome, self.recipe.buffers)
         notes += check_finite(plan, outcome, self.recipe.nonfinite)
         for note in notes:
@@ -97,7 +110,7 @@ class Making:
         for name, text in self.extras.files.items():
             write_durably(self.workspace.beside(name), text)
         self.workspace.publish(overwrite=execution.overwrite, durable=execution.durable)
-        return self.result(outcome, measured_peak_bytes=sampler.peak_bytes, digests=tuple(digests), notes=tuple(notes))
+        return self.result(outcome, measured_peak_bytes=peak_bytes, digests=tuple(digests), notes=tuple(notes))
 
     def _refuse_others(self, digests: Sequence[str]) -> None:
         expected = self.extras.content_digests
@@ -108,32 +121,61 @@ class Making:
                 )
 
     def _reduce(self, sampler: PeakSampler) -> Outcome:
-        plan = self.plan
-        with (
-            Journal(self.workspace.journal_path, durable=self.execution.durable) as journal,
-            open_sources(plan.checkpoints, self.mode) as sources,
-        ):
-            begun = not journal.is_empty
-            for i, checkpoint in enumerate(plan.checkpoints):
-                if begun and written_again(checkpoint, self.job["identities"][i]):
-                    recheck(plan, i, sources[i], self.backend, journal.read())
-            with FileSink(self.workspace.soup, plan.layout, existing=begun, durable=self.execution.durable) as sink:
-                engine = Engine(
-                    plan, self.backend, sources, sink, commit=journal.append, progress=self.execution.progress
-                )
-                done = engine.resume(journal.read())
-                engine.run(plan.tiles(averaged=False, done=done))
-                check_copied(plan, engine.outcome, self.recipe.buffers)
-                reduce_all(plan, engine, done)
-                sampler.sample()
-                return engine.outcome
+        plan, ranks, workspace, execution = self.plan, self.ranks, self.workspace, self.execution
+        with contextlib.ExitStack() as stack:
+            sources = stack.enter_context(open_sources(plan.checkpoints, self.mode))
+            begun = ranks.first(lambda: self._recheck(sources))
+            sink = self._open_sink(stack, begun=begun)
+            journal = stack.enter_context(Journal(workspace.journal_path(ranks.number), durable=execution.durable))
+            engine = Engine(
+                plan,
+                self.backend,
+                sources,
+                sink,
+                commit=journal.append,
+                progress=execution.progress,
+                ranks=ranks.count,
+            )
+            done = engine.resume(read_journals(workspace.journals()))
+            if not ranks.is_first:
+                engine.outcome = Outcome.empty(plan)  # what was found earlier counts once
+            ranks.first(lambda: None)  # nobody writes a journal that another still reads
+            copy_all(plan, engine, done, ranks)
+            copied = engine.outcome if ranks.count == 1 else ranks.fold(lambda: copy.deepcopy(engine.outcome), _join)
+            ranks.first(lambda: check_copied(plan, copied, self.recipe.buffers))
+            reduce_all(plan, engine, done, ranks)
+            sampler.sample()
+            return engine.outcome
+
+    def _recheck(self, sources: Sequence[Source]) -> bool:
+        """Whether tiles were finished by an earlier run; those of ingredients written since are compared."""
+        journals = self.workspace.journals()
+        begun = next(read_journals(journals), None) is not None
+        for i, checkpoint in enumerate(self.plan.checkpoints):
+            if begun and written_again(checkpoint, self.job["identities"][i]):
+                recheck(self.plan, i, sources[i], self.backend, read_journals(journals))
+        return begun
+
+    def _open_sink(self, stack: contextlib.ExitStack, *, begun: bool) -> FileSink:
+        """Open the shards, which the first rank reserves."""
+        sinks: list[FileSink] = []
+
+        def open_shards(existing: bool) -> None:
+            sink = FileSink(self.workspace.soup, self.plan.layout, existing=existing, durable=self.execution.durable)
+            sinks.append(stack.enter_context(sink))
+
+        self.ranks.first(lambda: open_shards(begun))
+        if not self.ranks.is_first:
+            open_shards(True)
+        return sinks[0]
 
     def result(
         self, outcome: Outcome, *, measured_peak_bytes: int, digests: tuple[str, ...], notes: tuple[str, ...]
     ) -> SoupResult:
         plan = self.plan
         stages = dict(outcome.stage_seconds)
-        waited = {k: v / (1 if k == "sync" else plan.tiling.workers) for k, v in stages.items()}
+        threads = {stage: 1 if stage == "sync" else plan.tiling.workers for stage in stages}
+        waited = {stage: seconds / threads[stage] / self.ranks.count for stage, seconds in stages.items()}
         return SoupResult(
             path=self.workspace.destination.path,
             ingredients=len(plan.checkpoints),
@@ -153,7 +195,16 @@ class Making:
             limited_by=max(waited, key=lambda stage: waited[stage]),
             content_digests=digests,
             notes=notes,
+            ranks=self.ranks.count,
         )
+
+
+def _join(one: Outcome, other: Outcome) -> Outcome:
+    return one.join(other)
+
+
+def _joined(one: tuple[Outcome, int], other: tuple[Outcome, int]) -> tuple[Outcome, int]:
+    return one[0].join(other[0]), max(one[1], other[1])
 
 
 @contextlib.contextmanager
@@ -162,9 +213,7 @@ def keep_or_remove(workspace: Workspace, *, keep: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        journal = workspace.journal_path
-        begun = journal.exists() and journal.stat().st_size > 0
-        if keep and begun and not isinstance(error, MismatchError):
+        if keep and workspace.is_begun and not isinstance(error, MismatchError):
             error.add_note(
                 f"Unfinished work is kept in {workspace.folder}; go on with "
                 f"`streamsoup soup --resume {workspace.destination.path}`."

@@ -111,11 +111,17 @@ class SumPart:
 
 
 class SumMeasurement:
-    """Gathers `Gram`, `Sums` or `Products`, of one tensor or of several."""
+    """Gathers `Gram`, `Sums` or `Products`, of one tensor or of several.
+
+    Attributes
+    ----------
+    gathered : dict of tensor to TreeSum
+        What was taken in so far; see `join_gathered`.
+    """
 
     def __init__(self, measure: Gram | Sums | Products) -> None:
         self._measure = measure
-        self._trees: dict[int, TreeSum] = {}
+        self.gathered: dict[int, TreeSum] = {}
 
     def part(self) -> SumPart:
         """Begin a tile."""
@@ -123,7 +129,7 @@ class SumMeasurement:
 
     def merge(self, tensor: int, part: Any) -> None:
         """Take in a tile."""
-        self._trees.setdefault(tensor, TreeSum()).merge(part.tree)
+        self.gathered.setdefault(tensor, TreeSum()).merge(part.tree)
 
     def turn(self) -> bool:
         """After all tiles: is another round needed?"""
@@ -132,7 +138,7 @@ class SumMeasurement:
     @property
     def result(self) -> Numbers:
         """The sums."""
-        totals = [self._trees[tensor].total() for tensor in sorted(self._trees)]
+        totals = [self.gathered[tensor].total() for tensor in sorted(self.gathered)]
         return np.array(sum(totals[1:], totals[0]))
 
 
@@ -151,14 +157,20 @@ class RankPart:
 
 
 class RankMeasurement:
-    """Searches order statistics by their bits: three rounds of counting, 11, 11 and 9 bits."""
+    """Searches order statistics by their bits: three rounds of counting, 11, 11 and 9 bits.
+
+    Attributes
+    ----------
+    gathered : int64 array, shape (rows, ranks, bins), or 0
+        Counts of this round so far; see `join_gathered`.
+    """
 
     def __init__(self, measure: Ranks) -> None:
         self._measure = measure
         self._round = 0
         self._prefixes = np.zeros((len(measure.ranks), len(measure.ranks[0])), np.uint32)
         self._ranks = np.array(measure.ranks, np.int64)
-        self._counts: npt.NDArray[np.int64] | int = 0
+        self.gathered: npt.NDArray[np.int64] | int = 0
 
     def part(self) -> RankPart:
         """Begin a tile."""
@@ -166,18 +178,18 @@ class RankMeasurement:
 
     def merge(self, tensor: int, part: Any) -> None:
         """Take in a tile."""
-        self._counts = self._counts + part.counts
+        self.gathered = self.gathered + part.counts
 
     def turn(self) -> bool:
         """After all tiles: is another round needed?"""
         upper, low = ROUNDS[self._round]
-        below = np.cumsum(self._counts, axis=-1)
+        below = np.cumsum(self.gathered, axis=-1)
         for place in np.ndindex(*self._ranks.shape):
             found = int(np.searchsorted(below[place], self._ranks[place], side="right"))
             found = min(found, (1 << (upper - low)) - 1)  # NaN in a checkpoint may leave fewer than were asked for
             self._ranks[place] -= below[place][found - 1] if found else 0
             self._prefixes[place] = (int(self._prefixes[place]) << (upper - low)) | found
-        self._counts = 0
+        self.gathered = 0
         self._round += 1
         return self._round < len(ROUNDS)
 
@@ -302,12 +314,23 @@ class SurveyMeasurement:
 
 
 Part: TypeAlias = SumPart | RankPart | SurveyPart
-Measurement: TypeAlias = SumMeasurement | RankMeasurement | SurveyMeasurement
+Asking: TypeAlias = SumMeasurement | RankMeasurement
+"""What a method asked for."""
+Measurement: TypeAlias = Asking | SurveyMeasurement
 
 
-def begin(measure: Measure) -> Measurement:
+def begin(measure: Measure) -> Asking:
     """Begin to measure."""
     return RankMeasurement(measure) if isinstance(measure, Ranks) else SumMeasurement(measure)
+
+
+def join_gathered(one: Any, other: Any) -> Any:
+    """Join what two processes gathered for the same measurement from different tiles: the same as one would have."""
+    if not isinstance(one, dict):
+        return one + other
+    for tensor, tree in other.items():
+        one.setdefault(tensor, TreeSum()).merge(tree)
+    return one
 
 
 def held_bytes(checkpoints: int) -> int:

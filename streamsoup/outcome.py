@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +69,20 @@ class Outcome:
     def empty(plan: Plan) -> Outcome:
         """Make the outcome of a run that has not begun."""
         return Outcome(np.zeros((len(plan.checkpoints), len(plan.table)), np.uint64))
+
+    def join(self, other: Outcome) -> Outcome:
+        """Take in what another process found of other tiles."""
+        self.digests += other.digests
+        self.nonfinite = dict(Counter(self.nonfinite) + Counter(other.nonfinite))
+        self.overflowed = dict(Counter(self.overflowed) + Counter(other.overflowed))
+        for tensor, ingredients in other.differs.items():
+            self.differs.setdefault(tensor, set()).update(ingredients)
+        self.bytes_read += other.bytes_read
+        self.bytes_written += other.bytes_written
+        for stage, seconds in other.stage_seconds.items():
+            self.stage_seconds[stage] += seconds
+        self.seconds = max(self.seconds, other.seconds)
+        return self
 
     def add(self, record: TileRecord) -> None:
         """Take in one finished tile."""

@@ -4,7 +4,7 @@
 
     soup.partial/
         job.json      recipe, fingerprint of the plan, identities of the ingredients
-        journal       finished tiles
+        journal       finished tiles; those of other ranks in journal-1, journal-2 ...
         soup/         the files of the soup
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from streamsoup.write import move_file, move_folder
 
 FILE_SUFFIX = ".safetensors"
 JOB_FORMAT = 1
-_NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace
+_NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace, but for
+_JOURNAL = re.compile(r"journal(-\d+)?")
 _JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "boot", "identities"}
 
 
@@ -116,8 +118,20 @@ class Workspace:
         self.destination = destination
         self.folder = destination.partial
         self.soup = self.folder / "soup"
-        self.journal_path = self.folder / "journal"
         self._lock: int | None = None
+
+    def journal_path(self, rank: int = 0) -> Path:
+        """Where a rank writes its finished tiles down."""
+        return self.folder / (f"journal-{rank}" if rank else "journal")
+
+    def journals(self) -> list[Path]:
+        """Return the journals of all ranks that have ever worked here."""
+        return sorted(path for path in self.folder.iterdir() if _JOURNAL.fullmatch(path.name))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a tile was finished, as far as the journals' sizes tell."""
+        return self.exists and any(path.stat().st_size > 0 for path in self.journals())
 
     def beside(self, name: str) -> Path:
         """Where a file beside the weights is written; beside a single file it has that one's name in front."""
@@ -164,9 +178,7 @@ class Workspace:
         """Whether a run died while making or removing the folder: it is ours, and holds no work."""
         if not self.exists:
             return False
-        names = {path.name for path in self.folder.iterdir()}
-        has_work = self.journal_path.exists() and self.journal_path.stat().st_size > 0
-        return names <= _NAMES - {"job.json"} and not has_work
+        return not self._others() and not (self.folder / "job.json").exists() and not self.is_begun
 
     def hold(self) -> None:
         """Take the folder for this process, until `release`.
@@ -278,6 +290,11 @@ class Workspace:
             sync(target.parent)
         self.remove()
 
+    def _others(self) -> list[str]:
+        """Names in the folder that are not ours."""
+        names = {path.name for path in self.folder.iterdir()}
+        return sorted(name for name in names - _NAMES if not _JOURNAL.fullmatch(name))
+
     def remove(self) -> None:
         """Delete the workspace.
 
@@ -288,10 +305,10 @@ class Workspace:
         """
         if self.exists:
             self.hold()
-            if others := sorted({path.name for path in self.folder.iterdir()} - _NAMES):
+            if others := self._others():
                 raise ResumeError(f"{self.folder}: holds {others[0]}, which is not ours. Move the folder away.")
             # What says that there is work goes last: a run that dies in between leaves a folder without any.
-            for path in (self.soup, self.journal_path, self.folder / "job.json"):
+            for path in (self.soup, *self.journals(), self.folder / "job.json"):
                 if os.path.lexists(path):
                     _remove(path)
             _remove(self.folder)

@@ -17,7 +17,7 @@ PACKAGE = Path(streamsoup.__file__).resolve().parent
 ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
-    _version errors units dtypes kernels maps open_files threads labels layers strict_yaml
+    _version errors units dtypes kernels maps open_files threads labels layers strict_yaml ranks
     files recipe checkpoints methods measurement asked tiling budget journal score rules
     align layout plan planner manifest mergekit_settings from_mergekit_config
     windows read write backends companions outcome

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from streamsoup._version import __version__
-from streamsoup.cli.guard import run_command
+from streamsoup.cli import guard
 
+_SHARED = ("soup", "mergekit")  # what several ranks do together
 _COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "bench")
 _DESCRIPTION = """\
 Average the weights of many fine-tuned checkpoints of one network into one (a model soup), tile by tile, in memory that
@@ -24,6 +26,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         epilog="Run `streamsoup COMMAND --help` for the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"streamsoup {__version__}")
+    parser.set_defaults(rank=None)  # of several processes; see `main`
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in (only,) if only in _COMMANDS else _COMMANDS:
         import_module(f"streamsoup.cli.{name}").add_parser(commands)
@@ -37,4 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given:
         parser.print_help()
         return 2
-    return run_command(parser.parse_args(given))
+    args = parser.parse_args(given)
+    args.rank = _rank()
+    if args.rank is not None:
+        guard.speak_as(args.rank)
+        if args.command not in _SHARED:
+            if args.rank == 0:
+                guard.say(f"streamsoup {args.command} runs in one process. Start it without torchrun.")
+            return 2
+    return guard.run_command(args)
+
+
+def _rank() -> int | None:
+    """Which of torchrun's processes this is, if it is one."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    from streamsoup.ranks import is_rank
+
+    return int(os.environ["RANK"]) if is_rank() else None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from streamsoup.errors import StreamsoupError
+from streamsoup.errors import RankError, StreamsoupError
 
 _PR_SET_PDEATHSIG = 1
 _SAME_CTRL_C_SECONDS = 0.5
@@ -99,9 +99,17 @@ def _obituary(number: int) -> str:
     return f"The run was ended by a signal ({signal.Signals(number).name})."
 
 
+_speaker = ["streamsoup"]
+
+
+def speak_as(rank: int) -> None:
+    """Say from now on which of several processes speaks; the first is the one that is expected to."""
+    _speaker[0] = f"streamsoup (rank {rank})" if rank else "streamsoup"
+
+
 def say(text: str) -> None:
     """Print one line for the person on standard error."""
-    print(f"streamsoup: {printable(text)}", file=sys.stderr)
+    print(f"{_speaker[0]}: {printable(text)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -115,6 +123,8 @@ def _run(args: argparse.Namespace) -> int:
         return run(args)
     except UsageError as error:
         return _failed(args, error, f"{error} See `streamsoup {args.command} --help`.", code=2)
+    except RankError as error:
+        return 1 if args.rank else _failed(args, error, str(error))  # one of those that did not fail says it
     except StreamsoupError as error:
         return _failed(args, error, str(error))
     except KeyboardInterrupt as error:

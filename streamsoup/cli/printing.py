@@ -102,10 +102,11 @@ def print_result(result: SoupResult, args: argparse.Namespace) -> None:
         return
     for note in result.notes:
         print(f"note: {note}")
+    by = f" by {result.ranks} processes" if result.ranks > 1 else ""
     print(
         f"{result.path}: {result.ingredients} checkpoints, {format_count(result.parameters)} parameters\n"
         f"  read {format_bytes(result.bytes_read)}, wrote {format_bytes(result.bytes_written)} in "
-        f"{format_seconds(result.seconds)} ({result.gb_per_s:.3g} GB/s), limited by {result.limited_by}\n"
+        f"{format_seconds(result.seconds)} ({result.gb_per_s:.3g} GB/s){by}, limited by {result.limited_by}\n"
         f"  peak memory {format_binary(result.measured_peak_bytes)} "
         f"(projected {format_binary(result.projected_peak_bytes)})"
     )

@@ -118,8 +118,11 @@ def run(args: argparse.Namespace) -> int:
     from streamsoup.cook import cook, plan_soup, resume
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
-    with make_progress(quiet=args.quiet or args.json) as progress:
-        execution = _execution(args, progress)
+    distributed, other = args.rank is not None, bool(args.rank)  # one of several prints
+    with make_progress(quiet=args.quiet or args.json or other) as progress:
+        execution = _execution(args, progress, distributed=distributed)
+        if distributed and (args.sweep or args.dry_run):
+            raise UsageError("--sweep and --dry-run run in one process. Leave torchrun out.")
         if args.resume:
             if args.ingredients or args.recipe or args.output or args.dry_run:
                 raise UsageError("--resume takes everything from the interrupted run; give it alone.")
@@ -152,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
             if bool(args.sweep) != bool(args.score):
                 raise UsageError("--sweep and --score belong together: each value's soup is scored by the command.")
             result = _sweep(recipe, execution, args) if args.sweep else cook(recipe, args.output, execution)
-    print_result(result, args)
+    if not other:
+        print_result(result, args)
     return 0
 
 
@@ -201,7 +205,7 @@ def after_death(args: argparse.Namespace) -> None:
         say(f"Unfinished work is kept in {workspace.folder}; go on with `streamsoup soup --resume {out}`.")
 
 
-def _execution(args: argparse.Namespace, progress: Any) -> Execution:
+def _execution(args: argparse.Namespace, progress: Any, *, distributed: bool) -> Execution:
     from streamsoup.execution import Execution
 
     return Execution(
@@ -213,6 +217,7 @@ def _execution(args: argparse.Namespace, progress: Any) -> Execution:
         keep=not args.no_keep,
         restart=args.restart,
         durable=not args.no_sync,
+        distributed=distributed,
         progress=progress,
         on_compile=progress.compiling,
     )
