@@ -34,6 +34,7 @@ CASES = (
     "beyond_ram",
     "many_tensors",
     "scaling",
+    "ranks",
 )
 HERE = Path(__file__).resolve().parent
 

@@ -1,4 +1,4 @@
-"""Write the tables of the README from benchmarks/results/*.json; with --check, only say whether they agree.
+"""Write the tables of README and docs/ from benchmarks/results/*.json; with --check, only say whether they agree.
 
 python benchmarks/tables.py [--check]
 """
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "scaling.md")
 _PLACE = re.compile(r"(<!-- bench:(?P<case>[a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -42,14 +42,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    filled = fill(text)
-    if args.check:
-        if text != filled:
-            print("README.md does not agree with benchmarks/results: run python benchmarks/tables.py", file=sys.stderr)
-        return int(text != filled)
-    README.write_text(filled, encoding="utf-8")
-    return 0
+    stale = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if text != filled and args.check:
+            print(
+                f"{page.name} does not agree with benchmarks/results: run python benchmarks/tables.py", file=sys.stderr
+            )
+            stale = True
+        elif text != filled:
+            page.write_text(filled, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ def test_tables_of_the_readme_agree_with_the_results():
     assert "<!-- bench:soup-warm -->" in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_on_scaling_has_the_numbers_of_its_model():
+    done = subprocess.run([sys.executable, BENCHMARKS / "scaling_model.py"], capture_output=True, text=True, check=True)
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert done.stdout.strip() in page
+
+
 @pytest.mark.parametrize(("shards", "dtype"), [(1, "bf16"), (3, "f32"), (1, "f16")])
 def test_synthetic_checkpoints_open_and_differ(tmp_path, shards, dtype):
     make_checkpoints("small-20mb", tmp_path, ingredients=2, dtype=dtype, shards=shards)
