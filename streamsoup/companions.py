@@ -30,7 +30,7 @@ _SUFFIXES = {
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 # What describes a training run or another soup, not the network.
 _NOT_OURS = re.compile(
-    r".*\.index\.json|trainer_state\.json|.*_results\.json|streamsoup\.json|decisions\.json|recipe\.ya?ml|\..*|requirements\.txt"
+    r".*\.index\.json|trainer_state\.json|.*_results\.json|streamsoup\.json|decisions\.json|learned\.json|recipe\.ya?ml|\..*|requirements\.txt"
 )
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NOT_FOLDERS = re.compile(r"checkpoint-.*|runs|logs|wandb|global_step.*|__pycache__|\..*")

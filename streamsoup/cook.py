@@ -283,12 +283,13 @@ def _cook(
         require_space(existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
         workspace.refuse_unfinished()
         job = {
-            "id": uuid.uuid4().hex,
+            "id": extras.job_id or uuid.uuid4().hex,
             "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
             "fingerprint": plan.fingerprint,
             "overwrite": execution.overwrite,
             "boot": None if execution.durable else boot_id() if ranks.count == ranks.local_count else "several",
             "identities": [identity_to_json(identify(c)) for c in plan.checkpoints],
+            "extras": extras.to_json(),
         }
         workspace.create()
         return job
@@ -370,7 +371,8 @@ def _resume(
         )
     _expect_same(workspace, plan, job)
     with _kept_by_first(ranks, workspace, execution):
-        return Making(plan, execution.read_mode, recipe, workspace, job, backend, execution, began, ranks=ranks).run()
+        extras = Extras.from_json(job["extras"])
+        return Making(plan, execution.read_mode, recipe, workspace, job, backend, execution, began, extras, ranks).run()
 
 
 def _published_result(workspace: Workspace, execution: Execution, began: float) -> SoupResult:

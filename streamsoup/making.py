@@ -45,10 +45,23 @@ class Extras:
         Names and texts of more files beside the weights.
     content_digests : tuple of str or None
         What the ingredients are to hold: those that the recipe was chosen by.
+    job_id : str or None
+        Tells the soup, finished or not, from every other; None: a new one.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
     content_digests: tuple[str, ...] | None = None
+    job_id: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: an interrupted soup is gone on with to the same files."""
+        return {"files": dict(self.files), "content_digests": self.content_digests}
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> Extras:
+        """Read what `to_json` wrote."""
+        digests = document["content_digests"]
+        return Extras(dict(document["files"]), None if digests is None else tuple(digests))
 
 
 NO_EXTRAS = Extras()

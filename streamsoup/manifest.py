@@ -22,6 +22,7 @@ from streamsoup.units import format_bytes, format_count
 
 MANIFEST_NAME = "streamsoup.json"
 RECIPE_NAME = "recipe.yaml"
+LEARNED_NAME = "learned.json"
 MANIFEST_FORMAT = 1
 
 

@@ -26,10 +26,10 @@ from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
 from streamsoup.write import move_file, move_folder
 
 FILE_SUFFIX = ".safetensors"
-JOB_FORMAT = 1
+JOB_FORMAT = 2
 _NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace, but for
 _JOURNAL = re.compile(r"journal(-\d+)?")
-_JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "boot", "identities"}
+_JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "boot", "identities", "extras"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,17 @@ def destination_of(out: str | Path) -> Destination:
 
 
 def check_destination(
-    destination: Destination, checkpoints: Sequence[Checkpoint], *, overwrite: bool, resuming: bool = False
+    destination: Destination,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    overwrite: bool,
+    resuming: bool = False,
+    beside: Sequence[str] = (),
 ) -> None:
     """Refuse a destination that exists, or that touches an ingredient.
 
-    When `resuming`, files beside a single file may be those that the interrupted run put there.
+    When `resuming`, files beside a single file may be those that the interrupted run put there. `beside`: names of
+    more files that go there.
 
     Raises
     ------
@@ -78,9 +84,9 @@ def check_destination(
         _refuse_touching(path, checkpoint)
         _refuse_touching(destination.partial, checkpoint)
     if destination.is_file and not overwrite and not resuming:
-        for name in (MANIFEST_NAME, RECIPE_NAME):
-            if os.path.lexists(beside := path.with_name(f"{destination.companion_stem}.{name}")):
-                raise DestinationError(f"{beside}: exists already. Choose another place, or give --overwrite.")
+        for name in (MANIFEST_NAME, RECIPE_NAME, *beside):
+            if os.path.lexists(file := path.with_name(f"{destination.companion_stem}.{name}")):
+                raise DestinationError(f"{file}: exists already. Choose another place, or give --overwrite.")
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -231,6 +237,14 @@ class Workspace:
         return ResumeError(
             f"{self.destination.path}: there is no unfinished work at {self.folder}. Start without --resume."
         )
+
+    def is_of(self, job_id: str) -> bool:
+        """Whether unfinished work of this very job lies there."""
+        try:
+            found = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+            return bool(found["id"] == job_id)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def write_job(self, job: dict[str, Any]) -> None:
         """Write down what is being made."""

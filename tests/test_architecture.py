@@ -77,6 +77,17 @@ def test_imports_point_down(path):
         assert not below or FLOOR_OF[below] <= FLOOR_OF[room], f"{name} imports {target}, which is above it"
 
 
+def test_every_room_is_on_the_page_on_design():
+    """By its name, or by that of its family (`greedy_*`)."""
+    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Rooms")[1].split("## Decisions")[0]
+    named = set(re.findall(r"`([a-z_*]+)/?`", table))
+    families = tuple(name.removesuffix("*") for name in named if name.endswith("*"))
+    missing = [
+        r for r in FLOOR_OF if r not in named and not r.startswith(families) and r not in ("_version", "__main__")
+    ]
+    assert not missing, f"give {missing} a row in docs/design.md"
+
+
 def test_imports_make_no_circle():
     graph = {dotted(p): {n for n in _runtime_imports(p) if not n.startswith("streamsoup.kernels")} for p in modules()}
     graph.pop("streamsoup")

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 import streamsoup
 from streamsoup import cook, engine, making, workspace, write
 from streamsoup.errors import ChangedIngredientError, ResumeError, StreamsoupError
-from streamsoup.learning import cooking, loop, mixture, network, passes, state
+from streamsoup.learning import cooking, loop, mixture, network, passes, publishing, state
 
 POINTS = {
     "job or state": (state, "write_durably"),
@@ -43,8 +43,10 @@ POINTS = {
     "record": (loop, "StepRecord"),
     "sweep": (engine.Engine, "_sweep"),
     "unchanged": (cooking, "verify_unchanged"),
-    "cook": (cooking, "cook"),
-    "plan": (cook, "plan_soup"),
+    "cook": (publishing, "cook"),
+    "resumed": (publishing, "resume"),
+    "line": (state.StateFile, "_append"),
+    "plan": (cook, "make_plan"),
     "workspace": (workspace.Workspace, "create"),
     "job of the soup": (workspace.Workspace, "write_job"),
     "tile": (write.FileSink, "write"),
@@ -237,6 +239,7 @@ CHOSEN = [
     ("plain", at("backward", 1)), ("plain", at("temperature", 1)), ("plain", at("update", 1)),
     ("plain", at("part measured", 1)), ("plain", at("part formed", 2)),
     ("plain", at("step", 1)), ("plain", at("state", 1, True)), ("plain", at("state", 1)),
+    ("plain", at("line", 1)), ("plain", at("line", 5)),
     ("plain", at("state", 4, True)), ("plain", at("state", 4)), ("plain", at("step", 5)),
     ("plain", at("state", 12, True)), ("plain", at("state", 12)),
     ("plain", at("unchanged", 1)), ("plain", at("cook", 1, True)), ("plain", at("plan", 1)),
@@ -314,9 +317,11 @@ def test_the_work_folder_tells_of_each_step(tmp_path, bench):
 
     with safe_open(tmp_path / "work" / "state.safetensors", "numpy") as file:
         standing = json.loads(file.metadata()["standing"])
-    assert [s["step"] for s in standing["steps"]] == [1, 2, 3, 4, 5]
+    lines = (tmp_path / "work" / "steps.jsonl").read_bytes()
+    assert len(lines) == standing["steps_bytes"]
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3, 4, 5]
     assert (standing["epoch"], standing["chunk"]) == (1, 1)
-    assert {p.name for p in (tmp_path / "work").iterdir()} == {"learn.json", "state.safetensors"}
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {"learn.json", "state.safetensors", "steps.jsonl"}
 
 
 # -- refused -------------------------------------------------------------------------------------------------------

@@ -65,17 +65,6 @@ def test_an_option_that_was_refused_does_not_block_the_work_folder(paths, module
             file.unlink()
 
 
-def test_restart_helps_where_it_is_what_the_message_advises(paths, module, tmp_path):
-    partial = tmp_path / "soup.partial"
-    partial.mkdir()
-    (partial / "job.json").write_text("{}")
-    (partial / "journal").write_text("x")
-    with pytest.raises(StreamsoupError, match="--restart"):
-        learn(paths, module, tmp_path / "soup")
-    learn(paths, module, tmp_path / "soup", restart=True)
-    assert (tmp_path / "soup").exists()
-
-
 def test_a_soup_is_not_sent_into_its_own_work_folder(paths, module, tmp_path):
     """It is noticed after all was learned, or when it is to go on: say so at the beginning."""
     for out, work in ((tmp_path / "x", tmp_path / "x"), (tmp_path / "work" / "soup", tmp_path / "work")):

@@ -158,6 +158,7 @@ def _learn(paths: Sequence[str], args: argparse.Namespace) -> LearnResult:
             optimizer=args.optimizer or "adamw",
             forward=blaming("the task's network", getattr(task, "forward", None) or call_module),
             workdir=folder,
+            keep_workdir=args.workdir is not None,  # of the default name nobody asked for it
             restart=args.restart,
             overwrite=args.overwrite,
             on_step=table,
@@ -166,8 +167,6 @@ def _learn(paths: Sequence[str], args: argparse.Namespace) -> LearnResult:
             **{name: value for name, value in _options(args).items() if name != "optimizer"},
         )
     table.end()
-    if args.workdir is None:  # the default name: nobody asked for it, and all is in the soup's folder
-        shutil.rmtree(folder)
     return result
 
 
@@ -244,7 +243,7 @@ def _print_forecast(job: Any, args: argparse.Namespace) -> None:
     from streamsoup.learning.forecast import LearnForecast
     from streamsoup.learning.plans import open_pool
 
-    found = LearnForecast.of(job, open_pool(job))
+    found = LearnForecast.of(job, *open_pool(job))
     if args.json:
         print(json.dumps(found.to_json()))
         return

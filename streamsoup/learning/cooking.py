@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.budget import PeakSampler
 from streamsoup.checkpoints import expand_paths, identify, identity_to_json, verify_unchanged
-from streamsoup.cook import cook
-from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.execution import Execution, compile_notice
-from streamsoup.files import lock_folder, require_space_at, writing_to
+from streamsoup.errors import RecipeError, ResumeError
+from streamsoup.execution import compile_notice
+from streamsoup.files import lock_folder, writing_to
 from streamsoup.learning.groups import By, Group, make_groups
 from streamsoup.learning.job import LearnJob, LearnResult, StepRecord, recipe_of, warnings_of
 from streamsoup.learning.loop import LearningLoop
@@ -24,20 +22,17 @@ from streamsoup.learning.mixture import MakeOptimizer, Mixture, Numbers, optimiz
 from streamsoup.learning.network import Forward, LossFunction, Network, call_module
 from streamsoup.learning.options import Init, make_learn_job
 from streamsoup.learning.passes import Passes
-from streamsoup.learning.plans import Plans, join_groups, open_pool, plan_to_form, plan_to_measure
-from streamsoup.learning.state import JOB_NAME, STATE_NAMES, StateFile
-from streamsoup.making import Extras
+from streamsoup.learning.plans import Plans, join_groups, open_pool, plan_to_measure
+from streamsoup.learning.publishing import Publisher
+from streamsoup.learning.state import STATE_NAMES, StateFile, holds_state, id_in, remove_state
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool
 from streamsoup.read import open_sources
 from streamsoup.sinks import ModuleSink
-from streamsoup.workspace import Destination, Workspace, check_destination, destination_of
 
 if TYPE_CHECKING:
     import torch
-
-_RESULT_NAME = "learned.json"
 
 
 def learn(
@@ -54,6 +49,7 @@ def learn(
     optimizer: str | MakeOptimizer = "adamw",
     forward: Forward = call_module,
     workdir: str | Path | None = None,
+    keep_workdir: bool = True,
     restart: bool = False,
     overwrite: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -93,10 +89,13 @@ def learn(
     workdir : path, optional
         Keeps coefficients and the optimiser's state after each step: the same call again goes on after a crash, and
         ends with the same bits.
+    keep_workdir : bool
+        False: remove it once the soup is in its place.
     restart : bool
         Throw away what is in `workdir`.
     overwrite : bool
-        Replace a soup that exists.
+        Replace a soup that exists. Not needed for the soup of `workdir`: where that is in its place already, it is left
+        as it is.
     on_step : callable taking a StepRecord, optional
         Called after each step.
     progress : callable taking a Progress, optional
@@ -104,8 +103,9 @@ def learn(
         Called once if kernels must be compiled.
     **options
         ``parametrisation`` ("softmax" or "free"), ``temperature`` (learn β, by which logits are multiplied; default
-        True), ``lr`` (0.1), ``weight_decay`` (0), ``epochs`` (3), ``accumulate`` (batches to a step, 1), ``seed`` (0),
-        ``patience`` (epochs without a lower held-out loss, after which to stop); and those of `PoolOptions`:
+        True), ``lr`` (0.1) and ``weight_decay`` (0) of an optimiser by name, ``epochs`` (3), ``accumulate`` (batches
+        to a step, 1), ``seed`` (0), ``patience`` (epochs without a lower held-out loss, after which to stop); and of
+        `PoolOptions`
         ``dtype``, ``budget_bytes``, ``device``, ``workers``, ``read_mode``, ``buffers``, ``nonfinite``,
         ``shard_bytes``.
 
@@ -116,6 +116,7 @@ def learn(
     Raises
     ------
     StreamsoupError
+        If the soup cannot be written, the error has what was learned as attribute `learned`.
 
     Notes
     -----
@@ -134,17 +135,22 @@ def learn(
         optimizer=optimizer,
         options=options,
     )
-    kitchen = _Kitchen(
-        job,
-        open_pool(job, progress),
-        out=None if out is None else Path(out),
-        workdir=None if workdir is None else Path(workdir),
-        overwrite=overwrite,
-    )
+    _refuse_one_shot(held_out)
+    pool, plans = open_pool(job, progress)
+    publisher = None if out is None else Publisher(Path(out), overwrite)
+    kitchen = _Kitchen(job, pool, plans.forming, publisher, None if workdir is None else Path(workdir))
     with compile_notice(on_compile):
-        kitchen.pool.prepare(measured=True)
-    with kitchen.at_work(restart=restart):
+        pool.prepare(measured=True)
+    with kitchen.at_work(restart=restart, keep=keep_workdir):
         return kitchen.learn(module, loss_fn, forward, batches, held_out, optimizer, on_step)
+
+
+def _refuse_one_shot(held_out: Iterable[Any] | None) -> None:
+    if held_out is not None and iter(held_out) is held_out:
+        raise RecipeError(
+            "held_out can be gone through only once, but is evaluated after each epoch. Give a list, or an iterable "
+            "that can be begun anew."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,22 +159,16 @@ class _Kitchen:
 
     job: LearnJob
     pool: Pool
-    out: Path | None
+    plan: Plan
+    publisher: Publisher | None
     workdir: Path | None
-    overwrite: bool
 
     @contextlib.contextmanager
-    def at_work(self, *, restart: bool) -> Iterator[None]:
+    def at_work(self, *, restart: bool, keep: bool) -> Iterator[None]:
         """Check that the soup can go where it is sent, and have the work folder for this process alone."""
         pool, folder = self.pool, self.workdir
-        if self.out is not None:
-            destination = destination_of(self.out)
-            again = self.overwrite or _is_published(destination, folder)
-            check_destination(destination, list(pool.checkpoints.values()), overwrite=again)
-            _refuse_nested(destination.path, folder)
-            if not restart and not _holds_state(folder):
-                Workspace(destination).refuse_unfinished()
-            require_space_at([(self.out, pool.layout.file_bytes)])
+        if self.publisher is not None:
+            self.publisher.check(pool, folder, id_in(folder), restart=restart)
         if folder is None:
             yield
             return
@@ -177,11 +177,10 @@ class _Kitchen:
         fd = lock_folder(folder)
         try:
             _own(folder, restart=restart)
-            yield
-        except BaseException as error:
-            if _holds_state(folder):
-                error.add_note(f"What was learned so far is kept in {folder}; the same command goes on from there.")
-            raise
+            with _said_what_is_kept(folder):
+                yield
+            if not keep:
+                remove_state(folder)
         finally:
             os.close(fd)
             with contextlib.suppress(OSError):
@@ -200,7 +199,7 @@ class _Kitchen:
         """Learn, and write the soup."""
         began = time.perf_counter()
         job, pool = self.job, self.pool
-        plan = plan_to_form(job, pool)
+        plan = self.plan
         sink = ModuleSink(module, plan, strict=True)
         network = Network(module, loss_fn, forward, plan)
         plans = Plans(plan, plan_to_measure(pool, network.gradient_like(plan)))
@@ -214,7 +213,8 @@ class _Kitchen:
             temperature=job.temperature,
         )
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
-        state = StateFile(self.workdir, job, identities)
+        also = {"batches": _count(batches), "held_out": _count(held_out), "optimizer_settings": mixture.settings}
+        state = StateFile(self.workdir, job, identities, also)
         standing = state.begin(pool.checkpoints)
         with open_sources(plan.checkpoints, pool.mode) as sources, network.learning():
             passes = Passes(pool, plans, groups, parts, network.tied, sources, sink)
@@ -225,7 +225,7 @@ class _Kitchen:
         for checkpoint in plan.checkpoints:
             verify_unchanged(checkpoint)
         result = LearnResult(
-            path=None if self.out is None else destination_of(self.out).path,
+            path=None if self.publisher is None else self.publisher.path,
             ingredients=job.ingredients,
             groups=tuple(group.name for group in groups),
             coefficients=coefficients,
@@ -242,27 +242,28 @@ class _Kitchen:
             seconds=time.perf_counter() - began,
             notes=(*warnings_of(job, standing.examples, job.free(passes.varying_groups)), *passes.notes),
         )
-        self._publish(result, state.id, passes.content_digests)
+        if self.publisher is not None:
+            self._publish(self.publisher, result, state.id, passes.content_digests)
         return result
 
-    def _publish(self, result: LearnResult, job_id: str, digests: Sequence[str]) -> None:
-        if result.path is None:
-            return
-        options = self.pool.options
-        cook(
-            result.recipe,
-            result.path,
-            Execution(
-                budget_bytes=self.pool.budget_bytes,
-                device=options.device,
-                workers=options.workers,
-                read_mode=options.read_mode,
-                overwrite=self.overwrite or _is_published(destination_of(result.path), self.workdir),
-                restart=True,
-                progress=self.pool.progress,
-            ),
-            Extras({_RESULT_NAME: json.dumps({"id": job_id, **result.to_json()}, indent=1)}, tuple(digests)),
-        )
+    def _publish(self, publisher: Publisher, result: LearnResult, job_id: str, digests: Sequence[str]) -> None:
+        try:
+            publisher.publish(result, job_id, digests, self.pool)
+        except BaseException as error:
+            error.learned = result  # type: ignore[attr-defined]
+            if self.workdir is None:
+                error.add_note(
+                    "What was learned is in this exception's attribute `learned`, a LearnResult; its recipe makes the "
+                    "soup."
+                )
+            raise
+
+
+def _count(batches: Iterable[Any] | None) -> int | str:
+    """How many batches there are, as far as they tell."""
+    if batches is None:
+        return "none"
+    return len(batches) if isinstance(batches, Sequence) else "some"
 
 
 def _by_tensor(plan: Plan, groups: Sequence[Group], coefficients: Numbers) -> Mapping[str, Numbers] | Numbers:
@@ -272,36 +273,22 @@ def _by_tensor(plan: Plan, groups: Sequence[Group], coefficients: Numbers) -> Ma
     return {plan.table.names[t]: row for g, row in zip(groups, coefficients, strict=True) for t in g.tensors}
 
 
-def _holds_state(folder: Path | None) -> bool:
-    return folder is not None and (folder / STATE_NAMES[0]).exists()
-
-
-def _is_published(destination: Destination, folder: Path | None) -> bool:
-    """Whether a run died after its soup took its place: making it again replaces it with the same."""
-    if folder is None or not _holds_state(folder):
-        return False
-    target = destination.path
-    beside = target.with_name(f"{destination.companion_stem}.{_RESULT_NAME}")
-    result = beside if destination.is_file else target / _RESULT_NAME
+@contextlib.contextmanager
+def _said_what_is_kept(folder: Path) -> Iterator[None]:
+    """On a failure say where the work is, if there is any."""
     try:
-        ids = [json.loads(path.read_text(encoding="utf-8"))["id"] for path in (result, folder / JOB_NAME)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(ids[0] == ids[1])
-
-
-def _refuse_nested(target: Path, folder: Path | None) -> None:
-    if folder is None:
-        return
-    work = Path(os.path.realpath(folder))
-    place = Path(os.path.realpath(target))
-    if work == place or work in place.parents or place in work.parents:
-        raise DestinationError(f"{target}: and the work folder {folder} lie in one another. Choose another place.")
+        yield
+    except BaseException as error:
+        if holds_state(folder):
+            error.add_note(f"What was learned so far is kept in {folder}; the same command goes on from there.")
+        else:
+            remove_state(folder)
+        raise
 
 
 def _own(folder: Path, *, restart: bool) -> None:
     """Refuse a folder with other things in it; when restarting, remove what is ours."""
     if others := sorted({path.name for path in folder.iterdir()} - set(STATE_NAMES)):
         raise ResumeError(f"{folder}: holds {others[0]}, which is not ours. Choose another work folder.")
-    for name in STATE_NAMES if restart else ():
-        (folder / name).unlink(missing_ok=True)
+    if restart:
+        remove_state(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from streamsoup.learning.groups import make_groups
 from streamsoup.learning.job import LearnJob
-from streamsoup.learning.plans import join_groups, make_plans, readings
+from streamsoup.learning.plans import Plans, join_groups, readings
 from streamsoup.pool import Pool
 
 
@@ -39,15 +39,14 @@ class LearnForecast:
         return asdict(self)
 
     @staticmethod
-    def of(job: LearnJob, pool: Pool) -> LearnForecast:
+    def of(job: LearnJob, pool: Pool, plans: Plans) -> LearnForecast:
         """Forecast a job; a network that ties parameters may have fewer groups.
 
         Raises
         ------
-        RecipeError, BudgetError
+        RecipeError
         """
         checkpoints = list(pool.checkpoints.values())
-        plans = make_plans(job, pool)
         plan = plans.forming
         groups = make_groups(job.by, plan.table.names, plan.averaged)
         swept = sum(readings(plan, groups, part) for part in join_groups(plan, groups))

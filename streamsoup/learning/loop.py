@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from streamsoup.errors import RecipeError
+from streamsoup.errors import ChangedIngredientError, RecipeError
 from streamsoup.learning.job import LearnJob, StepRecord
 from streamsoup.learning.mixture import Mixture, Numbers
 from streamsoup.learning.network import Network
@@ -63,6 +63,7 @@ class LearningLoop:
             self.mixture.load(standing.mixture)
         formed = self.mixture.all_coefficients()
         self.passes.form(formed)
+        standing.content_digests = self._same_as(standing.content_digests)
         if self.held_out is not None and standing.best is None:
             self._evaluate(0)
         while standing.epoch < self.job.epochs and not self._is_enough:
@@ -74,6 +75,16 @@ class LearningLoop:
         if not np.array_equal(best, formed) or self.network.may_change:
             self.passes.form(best)
         return best, temperature
+
+    def _same_as(self, before: Sequence[str]) -> list[str]:
+        """Return the ingredients' content digests, if they are those that an earlier run found: samples are samples."""
+        found = self.passes.content_digests
+        for path, now, then in zip(self.job.ingredients, found, before or found, strict=True):
+            if now != then:
+                raise ChangedIngredientError(
+                    f"{path}: its data changed since learning began. Put it back, or begin anew with --restart."
+                )
+        return found
 
     @property
     def _temperature(self) -> float | None:
@@ -87,16 +98,16 @@ class LearningLoop:
     def _epoch(self) -> None:
         standing = self.standing
         chunks = _chunks(_in_order(self.batches, (self.job.seed, standing.epoch)), self.job.accumulate)
-        chunk = next(islice(chunks, standing.chunk, None), None)
-        if chunk is None:
+        first, done = standing.chunk, 0
+        for chunk, last in islice(chunks, first, None):
+            done += 1
+            self._step(chunk, last=last)
+            del chunk  # before the next one is made
+        if not done:
             raise RecipeError(
-                f"An epoch has no more than {standing.chunk} steps of {self.job.accumulate} batches, and another is to "
+                f"An epoch has no more than {first} steps of {self.job.accumulate} batches, and another is to "
                 "be made. Give a list, or an iterable that can be begun anew and is the same each time."
             )
-        while chunk is not None:
-            following = next(chunks, None)
-            self._step(chunk, last=following is None)
-            chunk = following
 
     def _step(self, chunk: Sequence[Any], *, last: bool) -> None:
         began, read = time.perf_counter(), self.passes.bytes_read
@@ -150,9 +161,14 @@ def _in_order(batches: Iterable[Any], seed: tuple[int, int]) -> Iterator[Any]:
         yield batches[number]
 
 
-def _chunks(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := list(islice(batches, size)):
-        yield chunk
+def _chunks(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
+    """Yield the batches of each step, and whether it is the last: one batch is looked ahead."""
+    following = list(islice(batches, 1))
+    while following:
+        chunk = following + list(islice(batches, size - 1))
+        following = list(islice(batches, 1))
+        yield chunk, not following
+        del chunk
 
 
 def _more_examples(so_far: int | None, chunk: Sequence[Any]) -> int | None:

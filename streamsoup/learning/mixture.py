@@ -89,6 +89,15 @@ class Mixture:
             groups.append({"params": [self.temperature], "weight_decay": 0.0})
         self._optimizer = make_optimizer(groups)
 
+    @property
+    def settings(self) -> list[str]:
+        """The optimiser's kind and numbers, in words: another optimiser does not go on with this one's state."""
+        groups = [
+            ", ".join(f"{name}={value!r}" for name, value in sorted(group.items()) if name != "params")
+            for group in self._optimizer.param_groups
+        ]
+        return [type(self._optimizer).__qualname__, *groups]
+
     def coefficients(self, part: int) -> Numbers:
         """Coefficients of a part, shape (groups of the part, ingredients)."""
         found = np.asarray(self._mixed(self._parts[part]).detach().numpy()).copy()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from streamsoup.pool import PoolOptions
 from streamsoup.recipe import read_recipe
 
 Init = str | Path | GreedyResult | Mapping[str, float] | Sequence[float]
+_OF_POOL = ("dtype", "shard_bytes", "buffers", "nonfinite", "budget_bytes", "device", "workers", "read_mode")
 _OF_JOB = ("parametrisation", "temperature", "lr", "weight_decay", "epochs", "accumulate", "seed", "patience")
 
 
@@ -40,13 +40,20 @@ def make_learn_job(
     if len(set(paths)) < 2:
         raise RecipeError(f"A learned soup needs two ingredients at least; there is {len(set(paths))}.")
     given = {name: value for name, value in options.items() if value is not None}
-    pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
+    pool = {name: given.pop(name) for name in _OF_POOL if name in given}
     own = {name: given.pop(name) for name in _OF_JOB if name in given}
     if given:
         raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a learned soup.")
     if "patience" in own and not held_out:
         raise RecipeError("patience: waits for a lower held-out loss, but there are no held-out batches. Give both.")
+    if not isinstance(optimizer, str) and (own.keys() & {"lr", "weight_decay"}):
+        raise RecipeError("lr and weight_decay are for an optimiser by name. Give them to the one that you make.")
+    known = [os.path.realpath(path) for path in paths]
+    if twice := next((path for path, real in zip(paths, known, strict=True) if known.count(real) > 1), None):
+        raise RecipeError(f"{twice}: is named twice. Name it once.")
     start = _start(paths, init)
+    if restrict and start is None:
+        raise RecipeError("restrict leaves out what init does without. Give both.")
     if restrict and start is not None:
         chosen = [i for i, weight in enumerate(start) if weight]
         paths, start = [paths[i] for i in chosen], tuple(start[i] for i in chosen)
@@ -69,7 +76,7 @@ def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
     if isinstance(init, GreedyResult):
         init = {member.path: member.weight for member in init.members}
     if isinstance(init, Mapping):
-        weights = {os.path.realpath(path): float(weight) for path, weight in init.items()}
+        weights = _added((path, float(weight)) for path, weight in init.items())
         known = [os.path.realpath(path) for path in paths]
         if unknown := sorted(weights.keys() - set(known)):
             raise RecipeError(f"init: {unknown[0]} has a weight, but is not among the ingredients.")
@@ -83,8 +90,17 @@ def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
     return tuple(weight / total for weight in init)
 
 
+def _added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Add up the weights of each checkpoint, by its real path."""
+    found: dict[str, float] = {}
+    for path, weight in pairs:
+        real = os.path.realpath(path)
+        found[real] = found.get(real, 0.0) + weight
+    return found
+
+
 def _weights_of(soup: Path) -> dict[str, float]:
     recipe = read_recipe(soup / RECIPE_NAME if soup.is_dir() else soup)
     if recipe.method != "linear" or recipe.parameters or any(i.parameters for i in recipe.ingredients):
         raise RecipeError(f"init: {soup} has no weights for whole ingredients. Begin from a uniform or greedy soup.")
-    return {ingredient.path: ingredient.weight for ingredient in recipe.ingredients}
+    return _added((ingredient.path, ingredient.weight) for ingredient in recipe.ingredients)

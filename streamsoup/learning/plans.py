@@ -40,8 +40,8 @@ class Plans:
         return sum(p.projected_peak_bytes - p.budget_bytes // 2 for p in (self.forming, self.measuring))
 
 
-def open_pool(job: LearnJob, progress: Callable[[Progress], None] | None = None) -> Pool:
-    """Open the ingredients of a job.
+def open_pool(job: LearnJob, progress: Callable[[Progress], None] | None = None) -> tuple[Pool, Plans]:
+    """Open the ingredients of a job, and plan.
 
     Raises
     ------
@@ -51,8 +51,7 @@ def open_pool(job: LearnJob, progress: Callable[[Progress], None] | None = None)
     """
     try:
         pool = Pool(job.ingredients, job.pool, progress)
-        make_plans(job, pool)
-        return pool
+        return pool, make_plans(job, pool)
     except BudgetError as error:
         ample = Pool(job.ingredients, replace(job.pool, budget_bytes=_AMPLE_BYTES))
         budget, least = job.pool.budget_bytes or 0, error.least_bytes
@@ -76,25 +75,16 @@ def _least(job: LearnJob, ample: Pool, budget_bytes: int) -> int | None:
 
 
 def make_plans(job: LearnJob, pool: Pool) -> Plans:
-    """Plan before the module is known: its gradient is taken to be of the widest dtype.
+    """Plan, before the module is known: its gradient is taken to be of the widest dtype.
 
     Raises
     ------
     BudgetError
     """
     widest = np.where(pool.averaged, np.uint8(BY_NAME["F64"].index), pool.out_dtypes).astype(np.uint8)
-    return Plans(plan_to_form(job, pool), plan_to_measure(pool, held_like(pool.first, widest, "the gradient")))
-
-
-def plan_to_form(job: LearnJob, pool: Pool) -> Plan:
-    """Plan how the soup is formed.
-
-    Raises
-    ------
-    BudgetError
-    """
     start = Coefficients(tuple(job.start.tolist()))
-    return pool.plan(list(pool.checkpoints.values()), start, reserved_bytes=_reserved_bytes(pool))
+    forming = pool.plan(list(pool.checkpoints.values()), start, reserved_bytes=_reserved_bytes(pool))
+    return Plans(forming, plan_to_measure(pool, held_like(pool.first, widest, "the gradient")))
 
 
 def plan_to_measure(pool: Pool, gradient: HeldCheckpoint) -> Plan:

@@ -1,8 +1,17 @@
-"""Where learning stands, on disk after each step: a run that died goes on to the same bits."""
+"""Where learning stands, on disk after each step: a run that died goes on to the same bits.
+
+::
+
+    work/
+        learn.json          the job, who the ingredients are
+        steps.jsonl         a line for each step
+        state.safetensors   coefficients, the optimiser's state, and how many bytes of steps.jsonl count
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +23,14 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint, expect_identity
 from streamsoup.errors import ResumeError
-from streamsoup.files import write_durably
+from streamsoup.files import pwrite_all, write_durably, writing_to
 from streamsoup.learning.job import LearnJob, StepRecord
 from streamsoup.learning.mixture import Numbers
 
-STATE_FORMAT = 1
-JOB_NAME = "learn.json"
+STATE_FORMAT = 2
+_JOB = "learn.json"
 _STATE = "state.safetensors"
+_STEPS = "steps.jsonl"
 _CHANGES_NOTHING = ("budget_bytes", "device", "workers", "read_mode", "sums", "sums_dtype")
 
 
@@ -33,6 +43,8 @@ class Standing:
     epoch, chunk : int
         Where to go on: the epoch, from 0, and the step in it.
     steps : list of StepRecord
+    content_digests : list of str
+        Of the ingredients.
     best : float64 array, shape (groups, ingredients), or None
         Coefficients with the least held-out loss.
     first_loss, best_loss, best_temperature : float or None
@@ -49,6 +61,7 @@ class Standing:
     epoch: int = 0
     chunk: int = 0
     steps: list[StepRecord] = field(default_factory=list)
+    content_digests: list[str] = field(default_factory=list)
     best: Numbers | None = None
     first_loss: float | None = None
     best_loss: float | None = None
@@ -67,6 +80,8 @@ class StateFile:
     folder : Path or None
     job : LearnJob
     identities : mapping of path to shard identities
+    also : mapping of str to plain data
+        What decides the bits beside the job: how many batches there are, and the optimiser's own settings.
 
     Attributes
     ----------
@@ -74,10 +89,18 @@ class StateFile:
         Tells the soup of this work from another in the same place.
     """
 
-    def __init__(self, folder: Path | None, job: LearnJob, identities: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | None, job: LearnJob, identities: Mapping[str, Any], also: Mapping[str, Any]
+    ) -> None:
         self._folder = folder
+        self._steps_bytes = 0
         self.id = uuid.uuid4().hex
-        self._document = {"learn": STATE_FORMAT, "job": _decisive(job), "identities": dict(identities), "id": self.id}
+        self._document = {
+            "learn": STATE_FORMAT,
+            "job": {**_decisive(job), **also},
+            "identities": dict(identities),
+            "id": self.id,
+        }
 
     def begin(self, checkpoints: Mapping[str, Checkpoint]) -> Standing:
         """Take up what lies in the folder, or write down what is begun.
@@ -91,11 +114,11 @@ class StateFile:
         folder = self._folder
         if folder is None:
             return Standing()
-        if not (folder / _STATE).exists():  # nothing was learned that could be lost
-            write_durably(folder / JOB_NAME, json.dumps(self._document, indent=1))
+        if not holds_state(folder):  # nothing was learned that could be lost
+            write_durably(folder / _JOB, json.dumps(self._document, indent=1))
             return Standing()
         try:
-            found = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+            found = json.loads((folder / _JOB).read_text(encoding="utf-8"))
             same = found["learn"] == STATE_FORMAT and found["job"] == json.loads(json.dumps(self._document["job"]))
             identities, self.id = found["identities"], str(found["id"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -112,13 +135,15 @@ class StateFile:
     def _load(self, path: Path) -> Standing:
         from safetensors import SafetensorError, safe_open
 
-        if not path.exists():
-            return Standing()
         try:
             with safe_open(path, "numpy") as file:
                 document = json.loads(file.metadata()["standing"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            steps = [StepRecord(**row) for row in document.pop("steps")]
+            self._steps_bytes = int(document.pop("steps_bytes"))
+            raw = path.with_name(_STEPS).read_bytes()[: self._steps_bytes]
+            if len(raw) < self._steps_bytes:
+                raise ValueError(_STEPS)
+            steps = [StepRecord(**json.loads(line)) for line in raw.splitlines()]
             best = arrays.pop("best", None)
             return Standing(**document, steps=steps, best=best, mixture=arrays)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
@@ -130,12 +155,49 @@ class StateFile:
             return
         from safetensors.numpy import save
 
-        plain = asdict(replace(standing, best=None, mixture={}))
-        document = {name: value for name, value in plain.items() if name not in ("best", "mixture")}
+        self._append(standing.steps[-1])
+        plain = asdict(replace(standing, best=None, mixture={}, steps=[]))
+        document = {name: value for name, value in plain.items() if name not in ("best", "mixture", "steps")}
+        document["steps_bytes"] = self._steps_bytes
         arrays = {name: np.asarray(array, order="C") for name, array in standing.mixture.items()}
         if standing.best is not None:
             arrays["best"] = standing.best
         write_durably(self._folder / _STATE, save(arrays, {"standing": json.dumps(document)}))
+
+    def _append(self, record: StepRecord) -> None:
+        """Add a line after those that count; it counts once the state says so."""
+        assert self._folder is not None
+        raw = json.dumps(asdict(record)).encode() + b"\n"
+        with writing_to(self._folder / _STEPS):
+            fd = os.open(self._folder / _STEPS, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(fd, self._steps_bytes)
+                pwrite_all(fd, memoryview(raw), self._steps_bytes)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        self._steps_bytes += len(raw)
+
+
+def holds_state(folder: Path | None) -> bool:
+    """Whether something was learned that a folder keeps."""
+    return folder is not None and (folder / _STATE).exists()
+
+
+def id_in(folder: Path | None) -> str | None:
+    """Return the id of the work in a folder, if there is any."""
+    if folder is None or not holds_state(folder):
+        return None
+    try:
+        return str(json.loads((folder / _JOB).read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what learning put into a work folder; what says that there is work goes first."""
+    for name in STATE_NAMES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _decisive(job: LearnJob) -> dict[str, Any]:
@@ -145,5 +207,5 @@ def _decisive(job: LearnJob) -> dict[str, Any]:
     return document
 
 
-STATE_NAMES = (_STATE, JOB_NAME, f".{_STATE}.new", f".{JOB_NAME}.new")
+STATE_NAMES = (_STATE, _STEPS, _JOB, f".{_STATE}.new", f".{_JOB}.new")
 """All that learning puts into a work folder."""
