@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from .digest_vectors import absorb, counters
 from .given import SLOT
+from .halves import singles_from_halves
 from .vectors import F32, F64, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
 __all__ = ["add_bf16", "add_f16", "add_f32", "add_f64"]
@@ -40,7 +41,7 @@ def _bf16(builder: Any, address: Any, count: int) -> Any:
 
 
 def _f16(builder: Any, address: Any, count: int) -> Any:
-    return builder.fpext(load(builder, address, vector(ir.HalfType(), count)), vector(F32, count))
+    return singles_from_halves(builder, load(builder, address, vector(I16, count)))
 
 
 def _f32(builder: Any, address: Any, count: int) -> Any:

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 from .digest_vectors import absorb, counters
 from .given import MULTIPLY, SLOT
+from .halves import halves_from_singles, singles_from_halves
 from .vectors import F32, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
 __all__ = ["LANES", "mean_bf16", "mean_f16"]
@@ -51,12 +52,12 @@ def _write_bf16(builder: Any, singles: list[Any]) -> Any:
 
 
 def _read_f16(builder: Any, word: Any) -> list[Any]:
-    halves = builder.bitcast(word, vector(ir.HalfType(), 16))
-    return [builder.fpext(part(builder, halves, first, 8), _SINGLES) for first in (0, 8)]
+    halves = builder.bitcast(word, _SHORTS)
+    return [singles_from_halves(builder, part(builder, halves, first, 8)) for first in (0, 8)]
 
 
 def _write_f16(builder: Any, singles: list[Any]) -> Any:
-    halves = [builder.fptrunc(single, vector(ir.HalfType(), 8)) for single in singles]
+    halves = [halves_from_singles(builder, single) for single in singles]
     return builder.bitcast(builder.shuffle_vector(*halves, ir.Constant(vector(I32, 16), list(range(16)))), _WORDS)
 
 

@@ -15,6 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
+from .halves import singles_from_halves
+
 __all__ = [
     "array_at",
     "as_bits",
@@ -122,12 +124,13 @@ WORD = ir.IntType(64)
 _ZEXT = lambda builder, value: builder.zext(value, WORD)  # noqa: E731
 _FPEXT = lambda builder, value: builder.fpext(value, ir.DoubleType())  # noqa: E731
 _SAME = lambda builder, value: value  # noqa: E731
+_FROM_HALF = lambda builder, value: _FPEXT(builder, singles_from_halves(builder, value))  # noqa: E731
 
 load_u8 = _loader(ir.IntType(8), types.uint64, _ZEXT)
 load_u16 = _loader(ir.IntType(16), types.uint64, _ZEXT)
 load_u32 = _loader(ir.IntType(32), types.uint64, _ZEXT)
 load_u64 = _loader(WORD, types.uint64, _SAME)
-load_f16 = _loader(ir.HalfType(), types.float64, _FPEXT)
+load_f16 = _loader(ir.IntType(16), types.float64, _FROM_HALF)
 load_f32 = _loader(ir.FloatType(), types.float64, _FPEXT)
 load_f64 = _loader(ir.DoubleType(), types.float64, _SAME)
 store_u8 = _storer(8)

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from .blocks import add_sources
 from .codes import BF16, BLOCK, F16, F32, F64, ITEMSIZE
 from .given import GROUP, STRIP
+from .halves import singles_from_halves
 from .vectors import F32 as SINGLE
 from .vectors import F64 as DOUBLE
 from .vectors import I32, I64, constant, load, part, plus, prefetch, store, vector
@@ -44,8 +45,8 @@ def _bf16(builder: Any, address: Any) -> Any:
 
 
 def _f16(builder: Any, address: Any) -> Any:
-    half = load(builder, address, vector(ir.HalfType(), _LANES))
-    return builder.fpext(builder.fpext(half, vector(SINGLE, _LANES)), vector(DOUBLE, _LANES))
+    half = load(builder, address, vector(ir.IntType(16), _LANES))
+    return builder.fpext(singles_from_halves(builder, half), vector(DOUBLE, _LANES))
 
 
 def _f32(builder: Any, address: Any) -> Any:

@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .given import DIVIDE, MULTIPLY
+from .halves import halves_from_singles
 from .vectors import F32, F64, I16, I32, I64, constant, load, splat, store, vector
 
 __all__ = ["finish_bf16", "finish_f16", "finish_f32", "finish_f64"]
@@ -109,7 +110,7 @@ def _bf16(builder: Any, q: Any) -> tuple[Any, Any]:
 def _f16(builder: Any, q: Any) -> tuple[Any, Any]:
     count = q.type.count
     single = builder.fptrunc(to_grid(builder, q, 10, 2.0**-14), vector(F32, count))
-    return builder.fptrunc(single, vector(ir.HalfType(), count)), _beyond(builder, single, 65536.0)
+    return halves_from_singles(builder, single), _beyond(builder, single, 65536.0)
 
 
 def _f32(builder: Any, q: Any) -> tuple[Any, Any]:

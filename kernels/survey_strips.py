@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from .codes import BF16, F16, F32
 from .digest_vectors import absorb, counters
 from .given import SLOT
+from .halves import singles_from_halves
 from .survey_products import ROW
 from .vectors import F32 as SINGLE
 from .vectors import F64 as DOUBLE
@@ -50,14 +51,12 @@ def _bf16_as_f32(builder: Any, words: Any) -> list[Any]:
 
 
 def _f16(builder: Any, words: Any) -> list[Any]:
-    halves = [builder.bitcast(part(builder, words, n, 4), vector(ir.HalfType(), 4)) for n in (0, 4, 8, 12)]
-    return [builder.fpext(builder.fpext(one, vector(SINGLE, 4)), _FOUR) for one in halves]
+    fours = [part(builder, words, n, 4) for n in (0, 4, 8, 12)]
+    return [builder.fpext(singles_from_halves(builder, four), _FOUR) for four in fours]
 
 
 def _f16_as_f32(builder: Any, words: Any) -> list[Any]:
-    return [
-        builder.fpext(builder.bitcast(part(builder, words, n, 8), vector(ir.HalfType(), 8)), _EIGHT) for n in (0, 8)
-    ]
+    return [singles_from_halves(builder, part(builder, words, n, 8)) for n in (0, 8)]
 
 
 def _f32(builder: Any, words: Any) -> list[Any]:
