@@ -9,9 +9,10 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ def _folders() -> Iterator[Path]:
         yield Path(given)
         return
     yield Path(__file__).with_name("__pycache__")
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamsoup"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # A relative path is to be ignored: XDG Base Directory Specification.
+    yield (caches if caches.is_absolute() else Path.home() / ".cache") / "streamsoup"
 
 
 def _file(folder: Path, name: str, key: bytes) -> Path:
@@ -148,10 +151,32 @@ def _checksum(key: bytes, code: bytes) -> bytes:
     return hashlib.blake2b(key + code, digest_size=32).digest()
 
 
-def _read(folder: Path, name: str, key: bytes) -> bytes | None:
-    """Return the code, nothing if it is of no use, or None if it was not compiled yet."""
+@contextmanager
+def _opened(path: Path | str, flags: int, folder: int | None = None) -> Iterator[int]:
+    """Open a file or a folder that nobody but this user and root can have written; others raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=folder)
     try:
-        found = _file(folder, name, key).read_bytes()
+        found = os.fstat(descriptor)
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path}: others can write it")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(folder: Path, name: str, key: bytes) -> bytes | None:
+    """Return the code, nothing if it is of no use, or None if it was not compiled yet or others could have written it.
+
+    The folder is opened first, and the file in it: neither can be exchanged once it was looked at.
+    """
+    name_there = _file(folder, name, key).name
+    try:
+        with (
+            _opened(folder, os.O_DIRECTORY) as place,
+            _opened(name_there, os.O_NOFOLLOW, place) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            found = file.read()
     except OSError:
         return None
     return found[32:] if found[:32] == _checksum(key, found[32:]) else None
@@ -160,12 +185,32 @@ def _read(folder: Path, name: str, key: bytes) -> bytes | None:
 def _write(name: str, key: bytes, code: bytes) -> None:
     for folder in _folders():
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            target = _file(folder, name, key)
-            unfinished = target.with_suffix(f".{os.getpid()}")
-            unfinished.write_bytes(_checksum(key, code) + code)
-            unfinished.replace(target)
+            _make(folder)
+            with _opened(folder, os.O_DIRECTORY):
+                _publish(_file(folder, name, key), _checksum(key, code) + code)
             return
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, for this user alone."""
+    if not folder.exists():
+        _make(folder.parent)
+        folder.mkdir(0o700, exist_ok=True)
+
+
+def _publish(target: Path, content: bytes) -> None:
+    """Write a file under a name that nobody can guess, and rename it: links are not followed."""
+    import tempfile
+
+    descriptor, unfinished = tempfile.mkstemp(prefix=f"{target.stem}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            os.fchmod(descriptor, 0o644)  # what root compiled serves all
+        os.replace(unfinished, target)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
 
 
 def _linked(name: str, code: bytes) -> Callable[..., int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -93,6 +94,80 @@ def test_a_damaged_or_foreign_file_is_no_code(tmp_path, monkeypatch):
     file.write_bytes(whole)
     file.rename(stored._file(folder, "digest", b"another key"))
     assert stored._read(folder, "digest", b"another key") is None
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return the folder where code is kept, with the code of a loop in it."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    stored._write("digest", b"key", b"code")
+    assert stored._read(tmp_path / "cache", "digest", b"key") == b"code"
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("bits", [0o020, 0o002])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_code_that_others_could_have_written_is_not_loaded(folder, what, bits):
+    path = stored._file(folder, "digest", b"key") if what == "file" else folder
+    path.chmod(path.stat().st_mode | bits)
+    assert stored._read(folder, "digest", b"key") is None
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_code_of_another_user_is_not_loaded(folder, what, monkeypatch):
+    path = stored._file(folder, "digest", b"key") if what == "file" else folder
+    if os.geteuid():
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    else:
+        os.chown(path, 12345, -1)
+    assert stored._read(folder, "digest", b"key") is None
+
+
+def test_nothing_is_written_where_others_can_write_but_in_the_next_place(tmp_path, monkeypatch):
+    places = [tmp_path / "shared", tmp_path / "private"]
+    for place, mode in zip(places, (0o777, 0o700), strict=True):
+        place.mkdir()
+        place.chmod(mode)
+    monkeypatch.setattr(stored, "_folders", lambda: iter(places))
+    stored._write("digest", b"key", b"code")
+    assert [len(list(place.iterdir())) for place in places] == [0, 1]
+
+
+def test_code_is_not_loaded_through_a_link(folder):
+    file = stored._file(folder, "digest", b"key")
+    file.rename(folder / "elsewhere")
+    file.symlink_to("elsewhere")
+    assert stored._read(folder, "digest", b"key") is None
+
+
+def test_writing_follows_no_link(folder):
+    mine = folder / "mine"
+    mine.write_text("precious")
+    target = stored._file(folder, "digest", b"another key")
+    for planted in (target, target.with_suffix(f".{os.getpid()}")):
+        planted.symlink_to(mine)
+    stored._write("digest", b"another key", b"code")
+    assert mine.read_text() == "precious"
+    assert not target.is_symlink()
+    assert stored._read(folder, "digest", b"another key") == b"code"
+
+
+def test_new_folders_are_for_their_owner_alone_and_nothing_unfinished_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "a" / "b"))
+    stored._write("digest", b"key", b"code")
+    for made in (tmp_path / "a", tmp_path / "a" / "b"):
+        assert made.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError))
+    stored._write("digest", b"another key", b"code")
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == [stored._file(tmp_path, "digest", b"key").name]
+
+
+def test_a_relative_place_for_caches_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, used in (("relative", tmp_path / ".cache"), ("", tmp_path / ".cache"), ("/absolute", Path("/absolute"))):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert list(stored._folders())[-1] == used / "streamsoup"
 
 
 def test_where_no_file_can_be_written_nothing_fails(tmp_path, monkeypatch):
