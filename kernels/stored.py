@@ -64,9 +64,8 @@ def fingerprint() -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-@cache
 def target_machine() -> Any:
-    """Return LLVM's idea of this machine, with the options that numba has."""
+    """Return LLVM's idea of this machine, with the options that numba has: a new one, as an engine frees its own."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_code_that_refers_to_anything_outside_or_is_none_is_of_no_use(monkeypatc
     monkeypatch.setattr(native, "object_code", lambda *_: code)
     assert stored._compiled("digest") == b""
     assert not text or outside_symbols(code) == (["nowhere"] if text == OUTSIDE else [])
+
+
+def test_an_engine_that_is_given_up_takes_no_other_with_it():
+    another = bytes(stored.target_machine().emit_object(llvm.parse_assembly(ANOTHER)))
+    machine = stored.target_machine()
+    with pytest.raises(ValueError, match="no streamsoup_digest"):
+        stored._linked("digest", another)
+    gc.collect()
+    # Had the engine owned this one, the process would end here.
+    assert bytes(machine.emit_object(llvm.parse_assembly(ANOTHER))) == another
+    assert machine is not stored.target_machine()
 
 
 def test_a_damaged_or_foreign_file_is_no_code(tmp_path, monkeypatch):
