@@ -103,15 +103,19 @@ def _from_store(name: str) -> Callable[..., int] | None:
 
 
 def _compiled(name: str) -> bytes:
-    """Return an object file that can be linked, or nothing, which is kept too: it is not tried again."""
+    """Return an object file that can be linked, or nothing if what was compiled cannot.
+
+    Nothing is kept too: it is not tried again. So only finished code is judged; trouble on the way to it may pass, and
+    is raised.
+    """
     from . import native
 
+    code = native.object_code(name, _symbol(name))
     try:
-        code = native.object_code(name, _symbol(name))
         if outside_symbols(code):  # what LLVM does not find ends the process
             return b""
         _linked(name, code)
-    except Exception:  # another format of object files, another numba or llvmlite
+    except ValueError:  # another format of object files, or no such function in it
         return b""
     return code
 

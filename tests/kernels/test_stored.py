@@ -196,6 +196,22 @@ def test_code_that_was_of_no_use_is_not_compiled_again(tmp_path, monkeypatch):
     assert stored._from_store("digest") is None
 
 
+@pytest.mark.parametrize("step", ["compiling", "linking"])
+@pytest.mark.parametrize("trouble", [MemoryError, OSError, RuntimeError])
+def test_trouble_that_may_pass_is_not_kept(tmp_path, monkeypatch, step, trouble):
+    def fail(*_):
+        raise trouble
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(stored, "_ENTRIES", {})
+    with monkeypatch.context() as here:
+        here.setattr(*((native, "object_code") if step == "compiling" else (stored, "_linked")), fail)
+        assert stored.entry("digest") is native.built("digest")
+    assert not list(tmp_path.glob("stored.*"))
+    assert stored._from_store("digest")
+    assert len(list(tmp_path.glob("stored.*.o"))) == 1
+
+
 @pytest.mark.parametrize("change", ["setting", "trouble"])
 def test_otherwise_numba_does_it(monkeypatch, change):
     if change == "setting":
