@@ -28,6 +28,12 @@ class ReadPlanner:
         self._sum_bytes = sum_bytes
         self._summed: tuple[str, ...] = ()
 
+    def copy(self) -> ReadPlanner:
+        """Return a planner that has seen the same trials, to look ahead with."""
+        other = ReadPlanner(self._nbytes, self._sum_bytes)
+        other.reads, other._summed = self.reads.copy(), self._summed
+        return other
+
     def reread(self, kept: Sequence[str], tried: str, *, may_reread: bool = True) -> bool:
         """Whether to make the next candidate from its ingredients; counts what is read either way.
 

@@ -8,8 +8,9 @@ Source: Wortsman et al. 2022, arXiv 2203.05482, Recipe 1.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from streamsoup.errors import RecipeError
@@ -153,6 +154,22 @@ class Search:
     def steps(self, run: int = 0) -> Generator[Step, float, None]:
         """Yield the steps of one run; the answer to a `Begin` or a `Trial` is its score."""
         return self._prune(run) if self.rule.prune else self._grow(run)
+
+    def ahead(self, run: int, answers: Sequence[float]) -> Iterator[Step]:
+        """Yield what a run asks for after these answers, should nothing of it be accepted.
+
+        The first is what the run waits for; those behind it are asked for in turn unless one before them is accepted.
+        """
+        steps = self.steps(run)
+        try:
+            step = next(steps)
+            for answer in answers:
+                step = steps.send(answer)
+            while True:
+                yield step
+                step = steps.send(math.nan)  # which compares with nothing, whatever the tolerance
+        except StopIteration:
+            return
 
     def _grow(self, run: int) -> Generator[Step, float, None]:
         rule, order = self.rule, self.order(run)

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 from streamsoup.errors import ScoreError
 
+JOB_VARIABLE = "STREAMSOUP_JOB"
 _QUOTED_LINES = 20
 
 
@@ -34,6 +36,41 @@ class Score(Protocol):
     def __call__(self, candidate: Any) -> Any:
         """Return the held-out score."""
         ...
+
+
+class Place:
+    """Where one of several commands runs beside the others; another thread may end it there.
+
+    Parameters
+    ----------
+    job : int
+        0, 1 ...: a command finds it in its environment, as ``STREAMSOUP_JOB``, and may choose its device by it.
+    """
+
+    def __init__(self, job: int = 0) -> None:
+        self.job = job
+        self.is_ended = False
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def hold(self, process: subprocess.Popen[str] | None) -> None:
+        """Take the process that runs here now, or None when it is over."""
+        with self._lock:
+            self._process = process
+            if self.is_ended:
+                self._kill()
+
+    def end(self) -> None:
+        """Kill the command that runs here, with its children; one that has yet to begin is killed when it does."""
+        with self._lock:
+            self.is_ended = True
+            self._kill()
+
+    def _kill(self) -> None:
+        # Its number is nobody else's before it was waited for.
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +97,11 @@ class CommandScore:
     needs_files = True
 
     def __call__(self, candidate: Any) -> Scores:
-        """Run the command on ``candidate.path``.
+        """Run the command on ``candidate.path``; see `at`."""
+        return self.at(candidate.path, Place())
+
+    def at(self, checkpoint: Path, place: Place) -> Scores:
+        """Run the command on a checkpoint, in a place of its own.
 
         Raises
         ------
@@ -69,7 +110,7 @@ class CommandScore:
         """
         with tempfile.TemporaryDirectory(prefix="streamsoup-") as folder:
             result = Path(folder) / "result.json"
-            output = run_command(self.command, candidate.path, result, self.timeout_seconds)
+            output = run_command(self.command, checkpoint, result, self.timeout_seconds, place)
             if "{result}" in self.command:
                 document = self._read_result(result, output)
             else:
@@ -88,8 +129,12 @@ class CommandScore:
             raise _failed(f"{self.command}: wrote no JSON to {{result}} ({error}).", output) from error
 
 
-def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: float | None) -> str:
+def run_command(
+    command: str, checkpoint: Path, result: Path, timeout_seconds: float | None, place: Place | None = None
+) -> str:
     """Run a command on a checkpoint and return what it printed.
+
+    `place`: where it runs, if others run beside it.
 
     Raises
     ------
@@ -97,6 +142,7 @@ def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: f
         If it cannot be started, fails, or takes too long; its output is quoted.
     """
     words = [_fill(word, checkpoint, result) for word in shlex.split(command)]
+    place = place or Place()
     try:
         process = subprocess.Popen(
             words,
@@ -106,10 +152,12 @@ def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: f
             text=True,
             errors="replace",
             start_new_session=True,
+            env={**os.environ, JOB_VARIABLE: str(place.job)},
         )
     except (OSError, IndexError) as error:
         raise ScoreError(f"{command}: cannot be started ({error}).") from error
     try:
+        place.hold(process)
         output, errors = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         _kill(process)
@@ -122,6 +170,8 @@ def run_command(command: str, checkpoint: Path, result: Path, timeout_seconds: f
         _kill(process)
         process.communicate()  # closes the pipes
         raise
+    finally:
+        place.hold(None)
     if process.returncode:
         raise _failed(f"{command}: failed with exit code {process.returncode} on {checkpoint}.", output + errors)
     return output

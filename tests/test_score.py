@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from streamsoup.errors import ScoreError
-from streamsoup.score import CommandScore, Scores, read_scores
+from streamsoup.score import CommandScore, Place, Scores, read_scores
 
 
 def command(tmp_path, body, arguments="{soup}"):
@@ -216,3 +217,35 @@ def test_numbers_of_other_libraries_are_numbers():
     assert read_scores(np.float32(0.5), None, ()).value == 0.5
     assert read_scores(torch.tensor(0.25), None, ()).value == 0.25
     assert read_scores(np.array(1.5), None, ()).value == 1.5
+
+
+def test_a_command_is_told_its_place(tmp_path):
+    body = "import os; print(os.environ['STREAMSOUP_JOB'])"
+    assert ask(tmp_path, body).value == 0
+    assert CommandScore(command(tmp_path, body)).at(tmp_path, Place(3)).value == 3
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_command_that_is_ended_by_another_thread_takes_its_children_along(tmp_path, early):
+    body = (
+        "import subprocess, time\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(1000)'])\n"
+        "open(sys.argv[1] + '/child', 'w').write(str(child.pid))\ntime.sleep(1000)"
+    )
+    place, errors = Place(), []
+
+    def evaluate():
+        try:
+            CommandScore(command(tmp_path, body)).at(tmp_path, place)
+        except ScoreError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=evaluate)
+    if early:
+        place.end()
+    thread.start()
+    while not early and not (tmp_path / "child").exists():
+        time.sleep(0.01)
+    place.end()
+    thread.join()  # which ends only when all that held its output has
+    assert "exit code -9" in errors[0]

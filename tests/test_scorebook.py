@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -138,3 +139,37 @@ def test_ingredients_with_equal_headers_and_other_data_have_other_keys(tmp_path)
         array[byte] = 1
         keys.add(key_of(write_checkpoint(tmp_path / f"run{byte}", {"w": array})))
     assert len(keys) == len(range(0, 200, 9))
+
+
+def test_a_score_got_ahead_is_that_of_who_would_have_made_it_so_and_of_all_after_it(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    for again in (False, True):
+        book = ScoreBook(path, NAMES)
+        if not again:
+            book.enter((A, B), entry(1.0), way="sum")
+            book.enter((A, B), entry(2.0), way="members")
+        assert book.find((A, B)) is None
+        assert book.find((A, B), "another") is None
+        assert book.look((A, B), "members").scores.value == 2.0
+        assert book.find((A, B)) is None, "looking decides nothing"
+        assert book.find((A, B), "sum").scores.value == 1.0
+        assert book.find((A, B), "members").scores.value == 1.0
+        assert book.find((A, B)).scores.value == 1.0
+
+
+def test_several_threads_may_enter_scores(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    book = ScoreBook(path, NAMES)
+    weights = [float(n + 1) for n in range(200)]
+
+    def enter(part):
+        for weight in part:
+            book.enter((Member("a", weight),), entry(weight), {"a": str(weight)})
+
+    threads = [threading.Thread(target=enter, args=(weights[n::4],)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = ScoreBook(path, NAMES)
+    assert [again.find((Member("a", weight),)).scores.value for weight in weights] == weights
