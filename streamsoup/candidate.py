@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,6 +188,21 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
 def _stamp(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def is_for_candidates(folder: Path) -> bool:
+    """Whether a folder was made for candidates, or is an empty one."""
+    return folder.is_dir() and ((folder / _MARK).exists() or not any(folder.iterdir()))
+
+
+def remove_candidate(folder: Path) -> None:
+    """Remove a folder that was made for candidates; its mark goes last, so that what a crash leaves is known as one."""
+    if not is_for_candidates(folder):
+        return
+    for path in folder.iterdir():
+        if path.name != _MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
 
 
 def _claim(folder: Path) -> None:

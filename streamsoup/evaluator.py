@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamsoup.candidate import Candidate
+from streamsoup.candidate import Candidate, remove_candidate
 from streamsoup.checkpoints import identity_key
 from streamsoup.errors import RecipeError, ScoreError
-from streamsoup.greedy_job import GreedyJob
-from streamsoup.score import read_scores, run_command
+from streamsoup.greedy_job import GreedyJob, candidate_folders
+from streamsoup.score import CommandScore, Place, Scores, read_scores, run_command
 from streamsoup.scorebook import Entry, ScoreBook
-from streamsoup.sums import RunningSoup
+from streamsoup.sums import Member, RunningSoup
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A soup whose score is wanted.
+
+    Attributes
+    ----------
+    members : tuple of Member
+    make : callable
+        Returns the candidate; may change the running sum.
+    way : str or None
+        How it is made, as far as its bits depend on that; see `ScoreBook`. None: nobody makes it ahead of its turn.
+    in_place : bool
+        It is an ingredient, scored where it lies.
+    """
+
+    members: tuple[Member, ...]
+    make: Callable[[], Candidate]
+    way: str | None = None
+    in_place: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a callable that may be called at once is given: files alone, since only one at a time may read sums.
+
+    Attributes
+    ----------
+    members : tuple of Member
+    path : Path
+        The checkpoint.
+    job : int
+        0 to ``jobs`` - 1: no two that are scored at once have the same.
+    """
+
+    members: tuple[Member, ...]
+    path: Path
+    job: int
+
+
+def check_jobs(job: GreedyJob, score: Callable[..., Any] | None, before_score: Callable[..., Any] | None) -> None:
+    """Refuse callables that cannot score several candidates at once, if a job has it so.
+
+    Raises
+    ------
+    RecipeError
+    """
+    if job.jobs == 1:
+        return
+    if score is not None and not (getattr(score, "at_once", False) and getattr(score, "needs_files", False)):
+        raise RecipeError(
+            f"jobs: {job.jobs}, but a callable scores one candidate at a time unless its attributes at_once and "
+            "needs_files are True. Set them if it may be called by several threads and reads files, or give a command."
+        )
+    if before_score is not None:
+        raise RecipeError(f"jobs: {job.jobs}, but a callable runs before one score at a time. Give a command.")
 
 
 class Evaluator:
@@ -34,11 +93,12 @@ class Evaluator:
 
     Attributes
     ----------
+    running : RunningSoup
     book : ScoreBook
     evaluations : int
-        How often the evaluator was called.
-    written : Candidate or None
-        The candidate whose files lie on disk.
+        How often the evaluator was called by `score`.
+    written : dict of int to Candidate
+        Candidates whose files lie on disk, by the number of their place.
 
     Raises
     ------
@@ -59,11 +119,11 @@ class Evaluator:
         if found is None:
             raise RecipeError("A greedy soup needs a score: a callable, or a command with --score.")
         self.evaluations = 0
-        self.written: Candidate | None = None
+        self.written: dict[int, Candidate] = {}
         self._job = job
-        self._running = running
+        self.running = running
         self._folder = folder
-        self._score = found
+        self._score: Callable[[Any], Any] = found
         self._before_score = before_score
         # The place in the job too: identities sample, and two ingredients may differ elsewhere only.
         keys = {path: f"{identity_key(identities[path])}-{i}" for i, path in enumerate(job.ingredients)}
@@ -80,63 +140,84 @@ class Evaluator:
             return self._job.before_command
         return None if self._before_score is None else "a callable given as before_score"
 
-    @property
-    def changes_candidates(self) -> bool:
-        """Whether something may have changed a candidate's files, so that they are no soup to keep."""
-        return self._before_score is not None or self._job.before_command is not None
+    def alone(self, path: str) -> Wanted:
+        """An ingredient where it lies, uncopied."""
 
-    def alone(self, path: str) -> Entry:
-        """Score an ingredient where it lies, uncopied."""
-        candidate = self._running.alone(path)
-        candidate.path = Path(path)
-        reads = dict(self._running.reads)
-        entry = self._entry(candidate, began=time.perf_counter(), prepare=False)
-        self._running.reads = reads  # counted are reads beyond an ingredient's own scoring
+        def make() -> Candidate:
+            candidate = self.running.alone(path)
+            candidate.path = Path(path)
+            return candidate
+
+        return Wanted((Member(path, 1.0),), make, in_place=True)
+
+    def score(self, wanted: Wanted) -> Entry:
+        """Make and evaluate what is wanted, and write its score down; or find it."""
+        if (found := self.book.find(wanted.members, wanted.way)) is not None:
+            return found
+        began, reads = time.perf_counter(), dict(self.running.reads)
+        candidate = wanted.make()
+        read = self.running.bytes_read
+        self.write(candidate, wanted)
+        scores = self.ask(candidate, wanted)
+        if wanted.in_place:
+            self.running.reads = reads  # counted are reads beyond an ingredient's own scoring
+        self.evaluations += 1
+        entry = Entry(scores, time.perf_counter() - began, self.running.bytes_read - read)
+        self.book.enter(wanted.members, entry, self.running.content_digests)
         return entry
 
-    def candidate(self, candidate: Candidate, *, began: float) -> Entry:
-        """Score a candidate; `began` is when its making did."""
-        return self._entry(candidate, began=began, prepare=True)
+    def write(self, candidate: Candidate, wanted: Wanted, place: int = 0) -> None:
+        """Write a candidate where a command can read it, if one does."""
+        reads_files = getattr(self._score, "needs_files", False) or self._job.before_command is not None
+        if reads_files and not wanted.in_place:
+            self.written.pop(place, None)
+            candidate.write(self._job.candidate_folder(self._folder, place))
+            self.written[place] = candidate
 
-    def _entry(self, candidate: Candidate, *, began: float, prepare: bool) -> Entry:
-        """Evaluate a candidate and write its score down."""
-        if (found := self.book.find(candidate.members)) is not None:
-            return found
-        read = self._running.bytes_read
-        if prepare:
-            self._prepare(candidate)
+    def ask(self, candidate: Candidate, wanted: Wanted, place: Place | None = None) -> Scores:
+        """Run what is to be run before scoring, and the evaluator; with a place: beside others, in any thread.
+
+        Raises
+        ------
+        ScoreError
+        """
+        if not wanted.in_place:
+            if self._before_score is not None:
+                self._before_score(candidate)
+            elif self._job.before_command is not None:
+                assert candidate.path is not None
+                self.run_before_command(candidate.path, place)
         try:
-            scores = read_scores(self._score(candidate), self._job.metric, self._job.also)
+            return read_scores(self._asked(candidate, place), self._job.metric, self._job.also)
         except ScoreError as error:
             names = ", ".join(member.path for member in candidate.members)
             error.add_note(f"While scoring {names}. Mend the score command or leave the checkpoint out.")
             raise
-        self.evaluations += 1
-        entry = Entry(scores, time.perf_counter() - began, self._running.bytes_read - read)
-        self.book.enter(candidate.members, entry, self._running.content_digests)
-        return entry
 
-    def _prepare(self, candidate: Candidate) -> None:
-        """Write a candidate where a command can read it, and run what is to be run before scoring."""
-        if getattr(self._score, "needs_files", False) or self._job.before_command is not None:
-            candidate.write(self.candidate_folder)
-            self.written = candidate
-        if self._before_score is not None:
-            self._before_score(candidate)
-        elif self._job.before_command is not None:
-            assert candidate.path is not None
-            self.run_before_command(candidate.path)
+    def _asked(self, candidate: Candidate, place: Place | None) -> Any:
+        if place is None:
+            return self._score(candidate)
+        assert candidate.path is not None
+        if isinstance(self._score, CommandScore):
+            return self._score.at(candidate.path, place)
+        return self._score(Written(candidate.members, candidate.path, place.job))
 
-    def run_before_command(self, checkpoint: Path) -> None:
+    def run_before_command(self, checkpoint: Path, place: Place | None = None) -> None:
         """Run the job's command on a checkpoint, which it may change."""
         if self._job.before_command is not None:
-            run_command(self._job.before_command, checkpoint, Path(os.devnull), self._job.timeout_seconds)
+            run_command(self._job.before_command, checkpoint, Path(os.devnull), self._job.timeout_seconds, place)
 
-    @property
-    def candidate_folder(self) -> Path:
-        """Where candidates are written; of this job alone."""
-        if self._job.candidates is not None:
-            return Path(self._job.candidates) / f"candidate-{self._job.id}"
-        if self._folder is None:
-            raise RecipeError("A score that reads files needs a work folder. Give workdir=.")
-        return self._folder / "candidate"
+    def written_as(self, members: tuple[Member, ...]) -> Candidate | None:
+        """Return a candidate whose untouched files are the soup of these members, if there is one on disk."""
+        if self.changed_by is not None:
+            return None
+        return next((c for c in self.written.values() if c.is_exact and c.members == members), None)
+
+    def remove_candidates(self, least: int = 0) -> None:
+        """Remove the folders of candidates in places from a number on, whoever left them."""
+        if self._job.candidates is None and self._folder is None:
+            return
+        for place, folder in candidate_folders(self._job.candidate_folder(self._folder)).items():
+            if place >= least:
+                with contextlib.suppress(OSError):
+                    remove_candidate(folder)

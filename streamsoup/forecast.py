@@ -24,9 +24,12 @@ class Forecast:
     sums_bytes : int
         Of all generations of the running sum; 0 if it is in memory.
     candidate_bytes, output_bytes : int
+        Of one candidate, and of the soup.
     saved_by_float32_bytes : int
         What ``--sums-dtype float32`` would save.
     generations : int
+    candidates : int
+        That lie on disk at once.
     """
 
     sums_bytes: int
@@ -35,6 +38,7 @@ class Forecast:
     saved_by_float32_bytes: int
 
     generations: int = GENERATIONS
+    candidates: int = 1
 
     def to_json(self) -> dict[str, int]:
         """Plain data."""
@@ -43,11 +47,11 @@ class Forecast:
     @property
     def disk_bytes(self) -> int:
         """All together."""
-        return self.sums_bytes + self.candidate_bytes + self.output_bytes
+        return self.sums_bytes + self.candidates * self.candidate_bytes + self.output_bytes
 
     @staticmethod
-    def of(pool: Pool, *, on_disk: bool) -> Forecast:
-        """Forecast for a pool."""
+    def of(pool: Pool, *, on_disk: bool, jobs: int = 1) -> Forecast:
+        """Forecast for a pool, and so many candidates that are scored at once."""
         sums = GENERATIONS * pool.sum_bytes if on_disk else 0
         elements = pool.sum_bytes // pool.sum_dtype.itemsize
         return Forecast(
@@ -55,4 +59,5 @@ class Forecast:
             candidate_bytes=pool.layout.file_bytes,
             output_bytes=pool.layout.file_bytes,
             saved_by_float32_bytes=max(0, sums - GENERATIONS * 4 * elements) if on_disk else 0,
+            candidates=jobs,
         )

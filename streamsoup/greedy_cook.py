@@ -11,9 +11,18 @@ from typing import Any
 from streamsoup.candidate import Candidate
 from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
 from streamsoup.errors import DestinationError, ResumeError
+from streamsoup.evaluator import check_jobs
 from streamsoup.files import lock_folder, require_space_at, writing_to
 from streamsoup.forecast import Forecast, sum_on_disk
-from streamsoup.greedy_job import JOB_NAME, GreedyJob, GreedyResult, TrialRecord, read_job, write_job
+from streamsoup.greedy_job import (
+    JOB_NAME,
+    GreedyJob,
+    GreedyResult,
+    TrialRecord,
+    candidate_folders,
+    read_job,
+    write_job,
+)
 from streamsoup.greedy_loop import GreedyLoop
 from streamsoup.greedy_options import change_job, make_job
 from streamsoup.pool import Pool
@@ -55,7 +64,8 @@ def greedy(
     **options
         Those of `Rule` (``accept``, ``tolerance``, ``minimize``, ``order``, ``seed``, ``max_ingredients``, ``prune``,
         ``rounds``, ``restarts``), of `PoolOptions` (``dtype``, ``sums_dtype``, ``budget_bytes``, ``device`` ...), and
-        of `GreedyJob` (``own_scores``, ``metric``, ``also``, ``timeout_seconds``, ``candidates``, ``overwrite``).
+        of `GreedyJob` (``own_scores``, ``metric``, ``also``, ``timeout_seconds``, ``candidates``, ``overwrite``,
+        ``jobs``).
 
     Returns
     -------
@@ -69,6 +79,12 @@ def greedy(
     Notes
     -----
     A trial reads the ingredient and the running sum once. Memory: the budget, and whatever the evaluator takes.
+
+    With ``jobs=k`` the next k candidates are scored at once, as if none before them were kept; the first one that is
+    kept decides, and what was behind it is thrown away. Decisions, recipe and bits are those of ``jobs=1``. A command
+    finds 0 to k - 1 in ``STREAMSOUP_JOB`` and may choose its device by it. A callable is refused unless its attributes
+    ``at_once`` and ``needs_files`` are True: it is then called by several threads, with ``members``, ``path`` and
+    ``job`` instead of a Candidate. `GreedyResult.at_once` says what it came to.
 
     Source: Wortsman et al. 2022, arXiv 2203.05482, Recipe 1.
     """
@@ -120,6 +136,7 @@ def cook_greedy(
     StreamsoupError
     """
     folder = None if workdir is None else Path(workdir)
+    check_jobs(job, score, before_score)
     pool = Pool(job.ingredients, job.pool, progress)
     if job.out is not None and destination_of(job.out).is_file:
         raise DestinationError(f"{job.out}: a greedy soup is a folder. Name one, or soup its recipe into a file.")
@@ -133,8 +150,9 @@ def cook_greedy(
                     f"{folder}: holds a greedy soup already. Go on with `streamsoup greedy --resume {folder}`, or "
                     "choose another work folder."
                 )
-            forecast = Forecast.of(pool, on_disk=sum_on_disk(pool, folder))
-            needs = [(folder, forecast.sums_bytes), (Path(job.candidates or folder), forecast.candidate_bytes)]
+            forecast = Forecast.of(pool, on_disk=sum_on_disk(pool, folder), jobs=job.jobs)
+            candidates_bytes = forecast.candidates * forecast.candidate_bytes
+            needs = [(folder, forecast.sums_bytes), (Path(job.candidates or folder), candidates_bytes)]
             require_space_at([*needs, (Path(job.out), forecast.output_bytes)] if job.out else needs)
         identities = {path: identity_to_json(identify(c)) for path, c in pool.checkpoints.items()}
         if folder is not None:
@@ -161,7 +179,7 @@ def resume_greedy(
         As in `cook_greedy`; callables must be given again.
     **changes
         Options that decide nothing may differ from the interrupted run's: ``budget_bytes``, ``device``, ``workers``,
-        ``read_mode``, ``nonfinite``, ``timeout_seconds``, ``candidates``, ``overwrite``.
+        ``read_mode``, ``nonfinite``, ``timeout_seconds``, ``candidates``, ``overwrite``, ``jobs``.
 
     Raises
     ------
@@ -177,9 +195,14 @@ def resume_greedy(
     with _locked(folder):
         job, identities = read_job(folder)
         job = change_job(job, changes)
+        check_jobs(job, score, before_score)
         pool = Pool(job.ingredients, job.pool, progress)
         for path, checkpoint in pool.checkpoints.items():
             expect_identity(checkpoint, identities[path], what="the greedy soup began")
+        if job.jobs > 1:
+            first = job.candidate_folder(folder)
+            more = job.jobs - len([n for n, path in candidate_folders(first).items() if n < job.jobs and path.exists()])
+            require_space_at([(first.parent, more * pool.layout.file_bytes)])
         return GreedyLoop(job, pool, identities, folder, score, before_score, on_trial, on_score).run()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamsoup.candidate import is_for_candidates
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.files import write_durably
 from streamsoup.pool import PoolOptions
@@ -18,7 +20,21 @@ from streamsoup.sums import Member
 
 JOB_NAME = "greedy.json"
 JOB_FORMAT = 1
-WORK_NAMES = (JOB_NAME, "scores.jsonl", "decisions.json", "sums", "candidate")  # all that we put into a work folder
+# All that we put into a work folder, but for further candidates at once.
+WORK_NAMES = (JOB_NAME, "scores.jsonl", "decisions.json", "sums", "candidate")
+
+
+def candidate_folders(first: Path) -> dict[int, Path]:
+    """Find folders for candidates that are scored at once, by number: the first, which is 0, and those beside it."""
+    name = re.compile(rf"{re.escape(first.name)}-(\d{{1,9}})")
+    found = {path: name.fullmatch(path.name) for path in sorted(first.parent.glob("*"))}
+    return {0: first} | {int(n[1]): path for path, n in found.items() if n is not None and is_for_candidates(path)}
+
+
+def work_paths(folder: Path) -> list[Path]:
+    """All that a greedy soup may have put into a work folder."""
+    names = [folder / name for name in WORK_NAMES]
+    return list(dict.fromkeys([*names, *candidate_folders(folder / "candidate").values()]))
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,8 @@ class GreedyJob:
         Folder for candidates; None: in the work folder.
     overwrite : bool
     pool : PoolOptions
+    jobs : int
+        How many candidates are scored at once.
     """
 
     ingredients: tuple[str, ...]
@@ -58,8 +76,11 @@ class GreedyJob:
     candidates: str | None = None
     overwrite: bool = False
     pool: PoolOptions = field(default_factory=PoolOptions)
+    jobs: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.jobs, bool) or not isinstance(self.jobs, int) or self.jobs < 1:
+            raise RecipeError(f"jobs: {self.jobs} evaluations at once, but at least one is needed.")
         if self.timeout_seconds is not None and not self.timeout_seconds > 0:
             raise RecipeError(f"timeout_seconds: {self.timeout_seconds:g}, but an evaluation takes some time.")
 
@@ -68,6 +89,28 @@ class GreedyJob:
         if self.score_command is None:
             return None
         return CommandScore(self.score_command, self.metric, self.also, self.timeout_seconds)
+
+    def candidate_folder(self, folder: Path | None, place: int = 0) -> Path:
+        """Where candidates are written, each place its own; of this job alone.
+
+        Parameters
+        ----------
+        folder : Path or None
+            The work folder.
+        place : int
+            0, 1 ... where several are scored at once.
+
+        Raises
+        ------
+        RecipeError
+            If there is no folder for them.
+        """
+        number = f"-{place}" if place else ""
+        if self.candidates is not None:
+            return Path(self.candidates) / f"candidate-{self.id}{number}"
+        if folder is None:
+            raise RecipeError("A score that reads files needs a work folder. Give workdir=.")
+        return folder / f"candidate{number}"
 
 
 def write_job(folder: Path, job: GreedyJob, identities: Mapping[str, Any]) -> None:
@@ -143,6 +186,31 @@ class TrialRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AtOnce:
+    """What scoring several candidates at once came to, in this process.
+
+    Attributes
+    ----------
+    jobs : int
+        How many at once at most.
+    beside : int
+        Evaluations that ran beside another.
+    wasted : int
+        Evaluations that decided nothing, those that were ended before they had a score included.
+    saved_seconds : float
+        What those that decided took, one after the other, less the time in which any ran.
+    saved_evaluations : float
+        The same, in evaluations of mean length.
+    """
+
+    jobs: int
+    beside: int
+    wasted: int
+    saved_seconds: float
+    saved_evaluations: float
+
+
+@dataclass(frozen=True, slots=True)
 class GreedyResult:
     """What a greedy soup came to.
 
@@ -171,6 +239,8 @@ class GreedyResult:
     peak_bytes : int
         What was owned at most, evaluators in this process included.
     seconds : float
+    at_once : AtOnce or None
+        None where candidates were scored one after the other.
     """
 
     path: Path | None
@@ -188,6 +258,7 @@ class GreedyResult:
     rebuilt: int
     peak_bytes: int
     seconds: float
+    at_once: AtOnce | None = None
 
     @property
     def is_best_single(self) -> bool:

@@ -8,21 +8,24 @@ anew from the ingredients kept so far.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streamsoup.budget import PeakSampler
 from streamsoup.candidate import Candidate
-from streamsoup.evaluator import Evaluator
+from streamsoup.evaluator import Evaluator, Wanted
 from streamsoup.files import write_durably
 from streamsoup.forecast import sum_on_disk
+from streamsoup.greedy_ahead import Ahead
 from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
 from streamsoup.greedy_output import publish_soup
+from streamsoup.greedy_wanted import Wants
 from streamsoup.pool import Pool
 from streamsoup.recheck import written_again
 from streamsoup.reread import ReadPlanner
@@ -30,7 +33,7 @@ from streamsoup.rules import Accept, Begin, Search, Trial
 from streamsoup.score import Scores
 from streamsoup.scorebook import Entry
 from streamsoup.sinks import Nowhere
-from streamsoup.sums import Member, RunningSoup, merge
+from streamsoup.sums import Member, RunningSoup
 from streamsoup.workspace import Workspace, destination_of
 
 
@@ -63,10 +66,15 @@ class GreedyLoop:
             )
             self.evaluator = Evaluator(job, self.running, self.identities, folder, self.score, self.before_score)
             self._recheck()
+            self.wants = Wants(job.ingredients, self.running, self.evaluator.book)
             nbytes = {path: int(checkpoint.table.nbytes.sum()) for path, checkpoint in pool.checkpoints.items()}
             self.reads = ReadPlanner(nbytes, pool.sum_bytes)
+            self.evaluator.remove_candidates(least=job.jobs)  # of a run with more at once
             if job.candidates is not None:
-                stack.callback(shutil.rmtree, self.evaluator.candidate_folder, ignore_errors=True)
+                stack.callback(self.evaluator.remove_candidates)
+            self.ahead = None
+            if job.jobs > 1:
+                self.ahead = stack.enter_context(contextlib.closing(Ahead(self.evaluator, job.jobs)))
             return self._run()
 
     def _recheck(self) -> None:
@@ -94,6 +102,8 @@ class GreedyLoop:
                 if best is None or self.job.rule.better(found[0], best[0]):
                     best = found
             assert best is not None
+            if self.ahead is not None:
+                self.ahead.close()
             sampler.sample()
             result = GreedyResult(
                 path=None,
@@ -106,13 +116,14 @@ class GreedyLoop:
                 },
                 ties=[[self.job.ingredients[i] for i in group] for group in search.ties()],
                 trials=tuple(self.records),
-                evaluations=self.evaluator.evaluations,
+                evaluations=self.evaluator.evaluations + (self.ahead.evaluations if self.ahead else 0),
                 reads=dict(self.running.reads),
                 bytes_read=self.running.bytes_read,
                 bytes_written=self.running.bytes_written,
                 rebuilt=self.running.rebuilt,
                 peak_bytes=sampler.peak_bytes,
                 seconds=time.perf_counter() - began,
+                at_once=self.ahead.tally() if self.ahead else None,
             )
             result = self._publish(result)
         if self.folder is not None:
@@ -140,85 +151,85 @@ class GreedyLoop:
             wanted = list(range(len(own)))
         else:  # the one that begins; pruning begins with all of them together
             wanted = [] if rule.prune else [search.order(n)[0] for n in range(rule.restarts + 1)]
-        for i in wanted:
-            if own[i] is None:
-                own[i] = value = self.evaluator.alone(job.ingredients[i]).scores.value
-                if self.on_score is not None:
-                    self.on_score(job.ingredients[i], value)
+        missing = [i for i in dict.fromkeys(wanted) if own[i] is None]
+        alone = [self.evaluator.alone(job.ingredients[i]) for i in missing]
+        for n, i in enumerate(missing):
+            own[i] = value = self._score_first(alone[n:]).scores.value
+            if self.on_score is not None:
+                self.on_score(job.ingredients[i], value)
         return search
+
+    def _score_first(self, wanted: Sequence[Wanted]) -> Entry:
+        """Return the score of the first; all others will be asked for too."""
+        return self.ahead.score(lambda: wanted) if self.ahead is not None else self.evaluator.score(wanted[0])
 
     def _search(self, search: Search, number: int) -> tuple[float, tuple[Member, ...]]:
         """Do one run of the rule; returns its score and what it kept."""
         steps = search.steps(number)
         current: tuple[Member, ...] = ()
         best = 0.0
-        answer: float | None = None
+        answers: list[float] = []
         trial_members: tuple[Member, ...] = ()
         entry: Entry | None = None
         while True:
             try:
-                step = steps.send(answer) if answer is not None else next(steps)
+                step = steps.send(answers[-1]) if answers else next(steps)
             except StopIteration:
                 return best, current
             if isinstance(step, Accept):
                 current, best = trial_members, entry.scores.value if entry else best
-                answer = 0.0
+                answers.append(0.0)
                 continue
             if isinstance(step, Begin):
                 current = tuple(Member(self.job.ingredients[i], 1.0) for i in step.ingredients)
-                entry = self._begin(search, current)
-                best = answer = entry.scores.value
+                entry = self._begin(step, search, current)
+                best = entry.scores.value
+                answers.append(best)
                 self._note(step, search, entry, best_before=None, accepted=True, size=len(current))
                 continue
-            path = self.job.ingredients[step.ingredient]
-            trial_members = merge(current, path, step.change)
-            reread = self.reads.reread([m.path for m in current], path, may_reread=step.change > 0)
-            entry = self.evaluator.book.find(trial_members) or self._try(current, step, reread=reread)
-            answer = entry.scores.value
-            accepted = self.job.rule.accepts(answer, best)
+            wanted = self.wants.trial(current, step, self.reads)
+            trial_members = wanted.members
+            entry = self._score(wanted, search, number, answers, current, best)
+            answers.append(entry.scores.value)
+            accepted = self.job.rule.accepts(entry.scores.value, best)
             size = len(trial_members if accepted else current)
             self._note(step, search, entry, best_before=best, accepted=accepted, size=size)
 
-    def _begin(self, search: Search, members: tuple[Member, ...]) -> Entry:
-        if len(members) == 1:
-            path = members[0].path
-            i = self.job.ingredients.index(path)
-            own = search.own_scores[i]
-            found = self.evaluator.book.find(members)
-            return found or (self.evaluator.alone(path) if own is None else Entry(Scores(own), 0.0, 0))
-        if (found := self.evaluator.book.find(members)) is not None:
+    def _begin(self, step: Begin, search: Search, current: tuple[Member, ...]) -> Entry:
+        """Return the score of what a run begins with."""
+        if len(current) > 1:
+            return self._score(self.wants.begin(step), search, step.run, [], current, math.nan)
+        own = search.own_scores[step.ingredients[0]]
+        found = self.evaluator.book.find(current)
+        return found or (
+            self.evaluator.score(self.evaluator.alone(current[0].path)) if own is None else Entry(Scores(own), 0.0, 0)
+        )
+
+    def _score(
+        self,
+        wanted: Wanted,
+        search: Search,
+        run: int,
+        answers: Sequence[float],
+        current: tuple[Member, ...],
+        best: float,
+    ) -> Entry:
+        """Return the score of what a run waits for after these answers; look ahead meanwhile, if that is asked for."""
+        if self.ahead is None:
+            return self.evaluator.score(wanted)
+
+        def window() -> list[Wanted]:
+            found, reads = [wanted], self.reads.copy()
+            for step in itertools.islice(search.ahead(run, answers), 1, self.job.jobs):
+                known = self.evaluator.book.look(found[-1].members, found[-1].way)
+                if not isinstance(step, Trial) or (
+                    known is not None and self.job.rule.accepts(known.scores.value, best)
+                ):
+                    break  # from there on other soups are tried
+                found.append(self.wants.trial(current, step, reads))
             return found
-        began = time.perf_counter()
-        self._bring(members)
-        return self.evaluator.candidate(self.running.mean(), began=began)
 
-    def _try(self, current: tuple[Member, ...], trial: Trial, *, reread: bool) -> Entry:
-        began = time.perf_counter()
-        path = self.job.ingredients[trial.ingredient]
-        if reread:
-            return self.evaluator.candidate(self.running.candidate_of(merge(current, path, trial.change)), began=began)
-        self._bring(current)
-        return self.evaluator.candidate(self.running.candidate(path, trial.change), began=began)
-
-    def _bring(self, members: tuple[Member, ...]) -> None:
-        """Make the running sum that of these members, by the shortest way."""
-        running = self.running
-        if running.members == members:
-            return
-        before = {m.path: m.weight for m in running.members}
-        changes = [(m.path, m.weight - before.pop(m.path, 0.0)) for m in members]
-        changes += [(path, -weight) for path, weight in before.items()]
-        changes = [(path, change) for path, change in changes if change]
-        if running.members and len(changes) == 1:
-            path, change = changes[0]
-            if merge(running.members, path, change) == members:
-                if change > 0:
-                    running.add(path, change)
-                else:
-                    running.remove(path, -change)
-                return
-        if not running.restore(members):
-            running.rebuild(members)
+        return self.ahead.score(window)
 
     def _note(
         self,
@@ -262,9 +273,9 @@ class GreedyLoop:
             self.running,
             result,
             identities=self.identities,
-            written=None if self.evaluator.changes_candidates else self.evaluator.written,
+            written=self.evaluator.written_as(result.members),
             before=self.evaluator.run_before_command if self.job.before_command is not None else None,
-            bring=self._bring,
+            bring=self.wants.bring,
             changed_by=self.evaluator.changed_by,
         )
         return replace(

@@ -12,9 +12,9 @@ from streamsoup.greedy_job import GreedyJob
 from streamsoup.pool import PoolOptions
 from streamsoup.rules import Rule
 
-_OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite")
+_OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite", "jobs")
 # What decides nothing, and may differ when a run goes on.
-_MAY_CHANGE = {"timeout_seconds", "candidates", "overwrite"}
+_MAY_CHANGE = {"timeout_seconds", "candidates", "overwrite", "jobs"}
 _MAY_CHANGE_OF_POOL = {"budget_bytes", "device", "workers", "read_mode", "nonfinite"}
 
 

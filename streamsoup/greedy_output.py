@@ -38,7 +38,7 @@ def publish_soup(
     job, running, result
     identities : mapping of path to shard identities
     written : Candidate or None
-        The candidate whose files lie on disk untouched; if it is the soup, they are moved.
+        The soup as a candidate whose files may lie on disk untouched; they are moved then.
     before : callable taking a Path, optional
         Run on the finished files, as it was on each candidate.
     bring : callable taking members
@@ -73,7 +73,7 @@ def _write_weights(
     written: Candidate | None,
     bring: Callable[[tuple[Member, ...]], None],
 ) -> None:
-    moved = written is not None and written.is_exact and written.members == members and _move(written, workspace)
+    moved = written is not None and _move(written, workspace)
     with FileSink(workspace.soup, running.pool.layout, existing=moved) as sink:
         if not moved:
             _exact(running, members, bring).stream(sink)

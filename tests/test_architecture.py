@@ -25,7 +25,8 @@ FLOORS = """
     findings workspace execution side_files recheck
     making
     cook pool candidate sums scorebook
-    forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_loop greedy_cook
+    forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
+    greedy_loop greedy_cook
     picture sweeping sliding
     comparison_figures comparison_gathering
     learning comparison bench

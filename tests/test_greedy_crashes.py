@@ -52,7 +52,7 @@ def distance(folder, target):
 class FileScore:
     """An evaluator that reads files, as a command does, but in this process; it keeps a diary."""
 
-    needs_files = True
+    needs_files = at_once = True
 
     def __init__(self, diary, target):
         self.diary, self.target = Path(diary), target
@@ -119,7 +119,7 @@ def run(job):
     if job.get("point"):
         die_at(*POINTS[job["point"]], job["number"], job["before"])
     if (Path(job["workdir"]) / "greedy.json").exists():
-        result = streamsoup.resume_greedy(job["workdir"], score=score)
+        result = streamsoup.resume_greedy(job["workdir"], score=score, jobs=job.get("jobs"))
     else:
         result = streamsoup.greedy(
             job["runs"], job["out"], score=score, workdir=job["workdir"], budget_bytes=1 << 28, **job["options"]
