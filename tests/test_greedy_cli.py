@@ -522,9 +522,9 @@ def test_help_names_every_option_and_shows_examples(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for option in ("--score", "--metric", "--also", "--minimize", "--score-timeout", "--before-score", "--accept",
-                   "--tolerance", "--order", "--seed", "--max-ingredients", "--prune", "--rounds", "--restarts",
-                   "--workdir", "--candidates", "--sums-dtype", "--resume", "--plot", "--dry-run", "--json", "--quiet",
-                   "{soup}", "{soup_file}", "{result}"):  # fmt: skip
+                   "--jobs", "--tolerance", "--order", "--seed", "--max-ingredients", "--prune", "--rounds",
+                   "--restarts", "--workdir", "--candidates", "--sums-dtype", "--resume", "--plot", "--dry-run",
+                   "--json", "--quiet", "{soup}", "{soup_file}", "{result}"):  # fmt: skip
         assert option in text
 
 

@@ -6,17 +6,17 @@ import argparse
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamsoup.cli.greedy_printing import Table, print_forecast, print_result
 from streamsoup.cli.guard import UsageError
 from streamsoup.cli.options import add_running_options
 from streamsoup.cli.progress import make_progress
-from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
+from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
-    from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
+    from streamsoup.greedy_job import GreedyJob
 
 _EXAMPLES = """\
 examples:
@@ -27,7 +27,8 @@ examples:
 
 The score is the last line that the command prints, or with --metric a key of JSON that it prints last (or writes to
 {result}). {soup} is a checkpoint folder (a file, where the ingredients are files), {soup_file} its one .safetensors
-file.
+file. With --jobs several commands run at once; each may choose its device by STREAMSOUP_JOB, which is 0, 1 ...:
+  --jobs 4 --score 'sh -c "CUDA_VISIBLE_DEVICES=$STREAMSOUP_JOB exec python eval.py --model $0" {soup}'
 """
 
 
@@ -74,6 +75,13 @@ def _add_scoring(group: Any) -> None:
     group.add_argument("--also", metavar="KEY", action="append", help="further key to record; may be repeated")
     group.add_argument("--minimize", action="store_true", help="lower is better")
     group.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
+    group.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="score the next N candidates at once, with the same decisions (default: 1); a command finds 0 to N-1 in "
+        "STREAMSOUP_JOB",
+    )
     group.add_argument("--before-score", metavar="COMMAND", help="run on each candidate first (BatchNorm statistics)")
 
 
@@ -101,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
     quiet = args.quiet or args.json
-    table = _Table(quiet=quiet)
+    table = Table(quiet=quiet)
     if args.plot:
         from streamsoup.picture import draw_greedy, require_picture
 
@@ -118,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             job = _job(args)
             if args.dry_run:
-                _print_forecast(job, args)
+                print_forecast(job, _forecast_folder(args), as_json=args.json)
                 return 0
             folder, owned = _workdir(args), args.workdir is None
             result = cook_greedy(job, workdir=folder, on_trial=table, on_score=table.alone, progress=progress)
@@ -126,13 +134,16 @@ def run(args: argparse.Namespace) -> int:
         _remove_workdir(folder)
     if args.plot:
         draw_greedy(result, args.plot, metric=args.metric)
-    _print_result(result, args)
+    if args.json:
+        print(json.dumps(result.to_json()))
+    elif not args.quiet:
+        print_result(result)
     return 0
 
 
 # What may be given with --resume: it changes nothing that is decided.
 _WITH_RESUME = {
-    *("budget", "candidates", "device", "nonfinite", "overwrite", "read", "score_timeout", "threads"),
+    *("budget", "candidates", "device", "jobs", "nonfinite", "overwrite", "read", "score_timeout", "threads"),
     *("command", "resume", "plot", "json", "quiet", "debug", "run", "guarded", "on_death"),
 }
 
@@ -143,6 +154,7 @@ def _making_options(args: argparse.Namespace) -> dict[str, Any]:
         "budget_bytes": args.budget and parse_bytes(args.budget),
         "candidates": args.candidates and os.path.abspath(args.candidates),
         "device": args.device,
+        "jobs": args.jobs,
         "nonfinite": args.nonfinite,
         "overwrite": args.overwrite or None,
         "read_mode": args.read,
@@ -173,14 +185,17 @@ def _workdir(args: argparse.Namespace) -> Path:
     return Path(args.workdir or f"{str(args.output).rstrip('/')}.work")
 
 
+def _forecast_folder(args: argparse.Namespace) -> Path:
+    return _workdir(args) if args.output or args.workdir else Path("work")
+
+
 def _remove_workdir(folder: Path) -> None:
     """Remove what we made; decisions and scores are in the soup's folder."""
     import shutil
 
-    from streamsoup.greedy_job import WORK_NAMES
+    from streamsoup.greedy_job import work_paths
 
-    for name in WORK_NAMES:
-        path = folder / name
+    for path in work_paths(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -237,90 +252,3 @@ def _order(text: str | None, paths: list[str]) -> tuple[str | None, dict[str, fl
     from streamsoup.own_scores import read_own_scores
 
     return "score", read_own_scores(text, paths)
-
-
-class _Table:
-    """Prints one line a decision."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._begun = False
-
-    def alone(self, path: str, score: float) -> None:
-        """Say that an ingredient was scored alone: it may take long until the first decision."""
-        if not self._quiet:
-            print(f"scored {_name(path)} alone: {score:.6g}", file=sys.stderr, flush=True)
-
-    def __call__(self, record: TrialRecord) -> None:
-        """Print a decision."""
-        if self._quiet:
-            return
-        if not self._begun:
-            self._begun = True
-            print(f"{'ingredient':<28} {'own score':>11} {'soup':>11}   {'':<9} {'kept':>5} {'seconds':>8} {'read':>9}")
-        own = "-" if record.own_score is None else f"{record.own_score:.6g}"
-        word = ("kept" if record.accepted else "rejected") if record.change >= 0 else None
-        word = word or ("dropped" if record.accepted else "needed")
-        tie = "=" if record.tie else " "
-        print(
-            f"{_name(record.path):<28} {own:>11} {record.score:>11.6g} {tie} {word:<9} {record.size:>5} "
-            f"{record.seconds:>8.2f} {format_bytes(record.bytes_read):>9}",
-            flush=True,
-        )
-
-
-def _name(path: str) -> str:
-    name = "/".join(Path(path).parts[-2:])
-    return name if len(name) <= 28 else f"...{name[-25:]}"
-
-
-def _print_forecast(job: GreedyJob, args: argparse.Namespace) -> None:
-    from streamsoup.forecast import Forecast, sum_on_disk
-    from streamsoup.pool import Pool
-
-    pool = Pool(job.ingredients, job.pool)
-    folder = _workdir(args) if args.output or args.workdir else Path("work")
-    on_disk = sum_on_disk(pool, folder)
-    forecast = Forecast.of(pool, on_disk=on_disk)
-    each = max(int(c.table.nbytes.sum()) for c in pool.checkpoints.values())
-    if args.json:
-        print(json.dumps({**forecast.to_json(), "sum_bytes": pool.sum_bytes, "sum_on_disk": on_disk}))
-        return
-    print(f"greedy soup of {len(job.ingredients)} checkpoints of up to {format_bytes(each)}")
-    where = f"{folder}/sums, {forecast.generations} generations" if on_disk else "in memory"
-    rows = [
-        ("running sum", f"{format_bytes(pool.sum_bytes)} ({pool.sum_dtype.name.lower()}), {where}"),
-        ("a trial", f"reads {format_bytes(each + pool.sum_bytes)} (one checkpoint and the sum) and writes "
-         f"{format_bytes(forecast.candidate_bytes)}"),
-        ("an accepted", f"reads {format_bytes(each + pool.sum_bytes)} and writes {format_bytes(pool.sum_bytes)}"),
-        ("disk needed", f"{format_bytes(forecast.disk_bytes)}: sums {format_bytes(forecast.sums_bytes)}, one candidate "
-         f"{format_bytes(forecast.candidate_bytes)}, the soup {format_bytes(forecast.output_bytes)}"),
-        ("budget", f"{format_binary(pool.budget_bytes)}"),
-    ]  # fmt: skip
-    if forecast.saved_by_float32_bytes:
-        rows.append(("to save disk", f"--sums-dtype float32 saves {format_bytes(forecast.saved_by_float32_bytes)}"))
-    for label, text in rows:
-        print(f"  {label:<12} {text}")
-
-
-def _print_result(result: GreedyResult, args: argparse.Namespace) -> None:
-    if args.json:
-        print(json.dumps(result.to_json()))
-        return
-    if args.quiet:
-        return
-    kept = ", ".join(f"{_name(m.path)}" + (f" x{m.weight:g}" if m.weight != 1 else "") for m in result.members)
-    print(f"\nkept {len(result.members)} of {result.ingredients}: {kept}")
-    if result.is_best_single:
-        print("No candidate was good enough: the soup is the best single ingredient. They may lie too far apart.")
-    for group in result.ties:
-        print(f"equal scores of their own, taken in the given order: {', '.join(map(_name, group))}")
-    print(
-        f"score {result.score:.6g}; {result.evaluations} evaluations, read {format_bytes(result.bytes_read)}, wrote "
-        f"{format_bytes(result.bytes_written)} in {format_seconds(result.seconds)}, peak memory "
-        f"{format_binary(result.peak_bytes)}"
-    )
-    if result.rebuilt > 1:
-        print(f"the running sum was made anew {result.rebuilt} times, so that no bit depends on what was tried")
-    if result.path is not None:
-        print(f"soup: {result.path}")
