@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from streamsoup.forecast import Forecast
 from streamsoup.pool import Pool, PoolOptions
 from streamsoup.rules import Accept, Begin, Rule, Search, Trial
 
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 30
 
 
 class AtOnce(FileScore):
@@ -350,13 +351,24 @@ def is_alive(pid):
 
 
 def test_commands_that_are_not_needed_any_more_are_ended(tmp_path, command):
-    runs, _ = make_pool(tmp_path / "runs", 4)
+    runs, _ = make_pool(tmp_path / "runs", 5)
     (tmp_path / "log" / "together").write_text("3")
-    result = run(runs, tmp_path / "here", command, 3, order="given", own_scores={runs[0]: 0.0}, max_ingredients=2)
-    assert names(result.members) == ("run00", "run01")
-    assert result.evaluations == 1
-    assert (result.at_once.beside, result.at_once.wasted) == (3, 2)
-    assert sorted(name.split("-")[0] for name in os.listdir(tmp_path / "log")) == ["0", "1", "2", "together"]
+    seen = []
+
+    def look(record):
+        seen.append(pids(tmp_path / "log"))
+        if len(seen) == 3:  # those that ran beside the first trial
+            assert len(seen[1]) == 3
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while any(map(is_alive, seen[1])):
+                assert time.monotonic() < deadline, "they hold their places"
+                time.sleep(0.01)
+
+    given = {"order": "given", "own_scores": {runs[0]: 0.0}, "max_ingredients": 3}
+    result = run(runs, tmp_path / "here", command, 3, on_trial=look, **given)
+    assert names(result.members) == ("run00", "run01", "run02")
+    assert result.evaluations == 2, "the others never came to a score"
+    assert result.at_once.wasted == 4
     assert not any(map(is_alive, pids(tmp_path / "log")))
     assert equals_its_recipe(tmp_path / "here" / "soup", tmp_path)
 
