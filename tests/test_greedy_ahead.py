@@ -230,7 +230,8 @@ def test_what_was_scored_behind_an_accepted_one_is_counted_as_wasted(tmp_path):
     result = run(runs, tmp_path / "here", score, 4, **order)
     assert len(result.members) == 5
     assert result.evaluations == len(score.asked) == 4 + 3 + 2 + 1
-    assert (result.at_once.beside, result.at_once.wasted) == (9, 6)
+    assert result.at_once.wasted == 6
+    assert 9 <= result.at_once.beside <= 10, "the last one may begin before those of the last but one have ended"
     scored = [json.loads(line) for line in (tmp_path / "here" / "work" / "scores.jsonl").read_text().splitlines()]
     assert len(scored) == 10, "scores that came are kept"
 
