@@ -80,7 +80,7 @@ class Candidate:
         MismatchError, NonFiniteError
         """
         plan = self.plan
-        with self._running.sources(self._operands) as sources:
+        with self._running.sources(self._operands, first=self.members[0].path) as sources:
             outcome = self._running.pool.run(plan, sources, sink)
         self._running.count(plan, outcome)
         return outcome
@@ -155,7 +155,7 @@ class Candidate:
         """Make one tensor, by position; returns its bytes as a uint8 array."""
         plan = self.plan
         sink = MemorySink(plan)
-        with self._running.sources(self._operands) as sources:
+        with self._running.sources(self._operands, first=self.members[0].path) as sources:
             outcome = self._running.pool.run_tensor(plan, sources, sink, tensor)
         self._running.bytes_read += outcome.bytes_read
         return sink.arrays.get(tensor, np.empty(0, np.uint8))  # an empty tensor has no tile

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import default_budget_bytes, worker_count
-from streamsoup.checkpoints import Checkpoint, open_checkpoints
+from streamsoup.checkpoints import Checkpoint, arranged_like, open_checkpoints
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
@@ -91,7 +91,11 @@ class Pool:
         if self.options.sums not in SUM_PLACES:
             raise RecipeError(f"sums: {self.options.sums!r} is not one of {', '.join(SUM_PLACES)}.")
         self.backend: Backend = open_backend(self.options.device)
-        self.checkpoints: dict[str, Checkpoint] = dict(zip(self.paths, open_checkpoints(self.paths), strict=True))
+        opened = open_checkpoints(self.paths)
+        # One layout serves all plans of the pool, whichever checkpoint comes first in them.
+        self.checkpoints: dict[str, Checkpoint] = {
+            path: arranged_like(checkpoint, opened[0]) for path, checkpoint in zip(self.paths, opened, strict=True)
+        }
         self.mode = choose_mode(list(self.checkpoints.values()), self.options.read_mode)
         self.budget_bytes = self.options.budget_bytes or default_budget_bytes()
         self._whole = self._plan(
@@ -164,7 +168,7 @@ class Pool:
                 raise RecipeError(f"{path}: {what}, unlike those named at first. Name it among the first, too.")
             self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
             self._is_fp8 |= any(d.is_fp8 for d in dtypes)
-            self.checkpoints[path] = checkpoint
+            self.checkpoints[path] = arranged_like(checkpoint, self.first)
         return self.checkpoints[path]
 
     def plan(

@@ -50,7 +50,7 @@ def equals_its_recipe(soup, tmp_path):
     recipe = streamsoup.read_recipe(soup / "recipe.yaml")
     again = tmp_path / "again"
     paths, weights = [i.path for i in recipe.ingredients], [i.weight for i in recipe.ingredients]
-    streamsoup.soup(paths, again, weights=weights, overwrite=True)
+    streamsoup.soup(paths, again, weights=weights, buffers=recipe.buffers, overwrite=True)
     return same_bits(read_checkpoint(soup), read_checkpoint(again))
 
 

@@ -354,3 +354,63 @@ def test_who_looks_on_is_told_each_score_and_each_decision_at_once(tmp_path):
     )
     assert [what for what, _ in seen] == ["asked", "alone"] * 4 + ["decided"] + ["asked", "decided"] * 3
     assert tuple(record for what, record in seen if what == "decided") == result.trials
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"prune": True}, {"order": "given", "rounds": 2}, {"order": "random", "seed": 3, "restarts": 2}]
+)
+@pytest.mark.parametrize("sums", ["host", "disk"])
+def test_buffers_that_differ_are_those_of_the_first_one_kept(tmp_path, rule, sums):
+    """As in the soup of its recipe; a sum once had those of the first one named."""
+    rng, target, runs = np.random.default_rng(0), np.full(5000, 0.5, np.float32), []
+    for number, off in enumerate((0.4, -0.3, 0.25, 0.02, -0.02)):
+        names = {
+            "w": target + np.float32(off) + rng.normal(0, 1e-3, 5000).astype(np.float32),
+            "ids": np.arange(9) + number,
+            "also": np.full((3,), number, np.int32),
+        }
+        names = dict(reversed(names.items())) if number % 2 else names
+        runs.append(str(write_checkpoint(tmp_path / f"run{number}", names)))
+    result = streamsoup.greedy(
+        runs,
+        tmp_path / "soup",
+        score=lambda candidate: -float(np.abs(candidate.tensors()["w"].numpy() - target).max()),
+        workdir=tmp_path / "work",
+        buffers="first",
+        sums=sums,
+        budget_bytes="200MiB",
+        **rule,
+    )
+    assert result.members[0].path != runs[0]
+    assert equals_its_recipe(tmp_path / "soup", tmp_path)
+    found = read_checkpoint(tmp_path / "soup")
+    assert found["ids"].tobytes() == read_checkpoint(Path(result.members[0].path))["ids"].tobytes()
+
+
+def test_ingredients_may_have_their_tensors_in_another_order(tmp_path):
+    """One layout serves all candidates: one that began with another order was written into wrong places."""
+    rng = np.random.default_rng(0)
+    runs, seen = [], {}
+    for number in range(4):
+        names = {f"w{i}": rng.normal(size=300 + i).astype(np.float32) for i in range(5)}
+        seen[number] = names
+        order = dict(reversed(names.items())) if number else names
+        runs.append(str(write_checkpoint(tmp_path / f"run{number}", order, shards=2 if number == 2 else 1)))
+    asked = []
+
+    class Score:
+        needs_files = True
+
+        def __call__(self, candidate):
+            found = read_checkpoint(candidate.path)
+            names = [int(Path(m.path).name[3:]) for m in candidate.members]
+            for name, array in found.items():
+                mean = np.mean([seen[i][name].astype(np.float64) for i in names], axis=0).astype(np.float32)
+                assert array.tobytes() == mean.tobytes(), (names, name)
+            asked.append(names)
+            return float(len(names) - 0.1 * min(names))
+
+    result = streamsoup.greedy(runs[1:] + runs[:1], tmp_path / "soup", score=Score(), workdir=tmp_path / "work")
+    assert len(asked) > 4
+    assert len(result.members) > 1
+    assert equals_its_recipe(tmp_path / "soup", tmp_path)

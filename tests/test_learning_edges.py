@@ -241,3 +241,13 @@ def test_nothing_is_written_after_the_data_changed_at_the_last_moment(paths, mod
     with pytest.raises((StreamsoupError, DestinationError)):
         learn(paths, module, tmp_path / "soup", on_step=change, read_mode="plain")
     assert not (tmp_path / "soup").exists()
+
+
+def test_ingredients_may_have_their_tensors_in_another_order(tmp_path, module):
+    states = stored_states(module, 3)
+    paths = write_states(tmp_path / "runs", states)
+    mixed = write_states(tmp_path / "mixed", [dict(reversed(s.items())) if i else s for i, s in enumerate(states)])
+    first = learn(paths, module, tmp_path / "one", by="layer")
+    second = learn(mixed, module, tmp_path / "two", by="layer")
+    assert first.coefficients.tobytes() == second.coefficients.tobytes()
+    assert weights_bytes(tmp_path / "one") == weights_bytes(tmp_path / "two")

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Sequence
 
+from streamsoup.checkpoints.arranged import arranged_like
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
@@ -19,6 +20,7 @@ __all__ = [
     "HeldCheckpoint",
     "Shard",
     "TensorTable",
+    "arranged_like",
     "expand_paths",
     "expect_identity",
     "held_like",

@@ -49,7 +49,8 @@ def identify(checkpoint: Checkpoint) -> tuple[ShardIdentity, ...]:
 
 def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardIdentity:
     table = checkpoint.table
-    mine = table.shards == number
+    mine = np.flatnonzero(table.shards == number)
+    mine = mine[np.argsort(table.begins[mine], kind="stable")]  # by file position, however they are numbered
     sizes = table.nbytes[mine]
     # The middle, not the start: embeddings of rare tokens, which many fine-tunes leave alone, often come first.
     begins = (table.begins[mine] + np.maximum(0, sizes // 2 - SAMPLE_BYTES // 2)).tolist()

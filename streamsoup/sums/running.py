@@ -344,8 +344,10 @@ class RunningSoup:
         self.bytes_written += outcome.bytes_written
 
     @contextlib.contextmanager
-    def sources(self, operands: Sequence[Checkpoint], *, measure: bool = False) -> Iterator[list[Source]]:
-        """Open the bytes of ingredients and of the sum."""
+    def sources(
+        self, operands: Sequence[Checkpoint], *, first: str | None = None, measure: bool = False
+    ) -> Iterator[list[Source]]:
+        """Open the bytes of ingredients and of the sum, whose copied tensors are those of the soup's first member."""
         if any(operand is self._sum for operand in operands):
             self._repair()
         files = OpenFiles()
@@ -354,7 +356,8 @@ class RunningSoup:
         try:
             for operand in operands:
                 if operand is self._sum:
-                    buffers = open_source(self.pool.first, self.pool.mode, files, beside=len(operands))
+                    giver = self.pool.first if first is None else self.pool.open(first)
+                    buffers = open_source(giver, self.pool.mode, files, beside=len(operands))
                     opened.append(buffers)
                     sources.append(WithBuffers(self._store.source(), buffers, self.pool.averaged))
                 else:
