@@ -1,7 +1,8 @@
 """The kernels in plain torch operations, on any device: the same bits as the compiled ones, counts and digests too.
 
 Multiplication and addition are separate operations, so nothing is contracted into a fused multiply-add, and the
-divisor is a tensor: on CUDA a division by a Python number multiplies by its reciprocal.
+divisor is a tensor: on CUDA a division by a Python number multiplies by its reciprocal. Nothing here waits for the
+device: what is found is returned as tensors.
 """
 
 from functools import cache
@@ -93,8 +94,7 @@ def encode(q: Tensor, code: int) -> Tensor:
     elif code == F16:
         q = _to_grid(q, 10, 2.0**-14)
     out = q.to(_FLOATS[code]).contiguous()
-    bits = out.view(_INTEGERS[out.element_size()]).clone()
-    bits[out.isnan()] = CANONICAL_NAN[code]
+    bits = out.view(_INTEGERS[out.element_size()]).masked_fill(out.isnan(), CANONICAL_NAN[code])
     return bits.view(torch.uint8)
 
 
@@ -123,7 +123,7 @@ def combine(
     first_block: int,
     out_code: int,
     hashed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Σ weights[i]·source[i] / divisor of one tile, accumulated in float64 and rounded once.
 
     Parameters
@@ -138,7 +138,7 @@ def combine(
     out : Tensor, shape (elements * itemsize,), uint8
     digests, nonfinite : Tensor, shape (N,), int64
         The digests' bits (unsigned, in an int64), and the counts of NaN and infinite elements.
-    overflowed : int
+    overflowed : Tensor, shape (), int64
         Output elements that are not finite although every source element there was.
 
     Notes
@@ -153,7 +153,7 @@ def combine(
     if total is None:
         raise ValueError("combine: no sources; pass at least one")
     out = encode(total / torch.full_like(total, divisor), out_code)
-    overflowed = int((bad(out, out_code) & ~marks).sum())
+    overflowed = (bad(out, out_code) & ~marks).sum()
     return out, digests, counts, overflowed
 
 
@@ -166,7 +166,7 @@ def combine_wide(
     first_block: int,
     out_code: int,
     hashed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do what `combine` does in double-double; see `kernels.combine.combine_wide`.
 
     Notes
@@ -203,5 +203,5 @@ def combine_wide(
         out = encode(round_scaled(q, q_low, scale), F64)
     else:
         out = encode(to_odd(q, q_low) / scale, out_code)
-    overflowed = int((bad(out, out_code) & ~marks).sum())
+    overflowed = (bad(out, out_code) & ~marks).sum()
     return out, digests, counts, overflowed

@@ -25,7 +25,7 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & (1 << 33) - 1)
 
 
-def digest(raw: Tensor, itemsize: int, first_block: int) -> int:
+def digest(raw: Tensor, itemsize: int, first_block: int) -> Tensor:
     """Return the digest of a run of blocks, as `kernels.combine.digest` defines it.
 
     Parameters
@@ -36,8 +36,8 @@ def digest(raw: Tensor, itemsize: int, first_block: int) -> int:
 
     Returns
     -------
-    int
-        The digest's 64 bits as a signed integer.
+    Tensor, shape (), int64
+        The digest's 64 bits, signed; on the device of `raw`, and not waited for.
 
     Notes
     -----
@@ -45,7 +45,7 @@ def digest(raw: Tensor, itemsize: int, first_block: int) -> int:
     not have, so words beyond the data count nothing.
     """
     if raw.numel() == 0:
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=raw.device)
     step = BLOCK * itemsize
     blocks = -(-raw.numel() // step)
     padded = torch.zeros(blocks * step, dtype=torch.uint8, device=raw.device)
@@ -58,4 +58,4 @@ def digest(raw: Tensor, itemsize: int, first_block: int) -> int:
     product[-1, -(-rest // 8) :] = 0
     s1, s2 = product.sum(1), words.sum(1)
     block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=raw.device)
-    return int(_mix(s1 ^ _mix(s2 + (block + 1) * _M1)).sum())
+    return _mix(s1 ^ _mix(s2 + (block + 1) * _M1)).sum()

@@ -93,7 +93,7 @@ def run(
         function = torch_combine.combine if low is None else torch_combine.combine_wide
         tensors = [torch.from_numpy(raw.copy()) for raw in raws]
         out, digests, nonfinite, over = function(tensors, codes, weights, divisor, *more, first_block, out_code, hashed)
-        return Answer(out.numpy(), [d % 2**64 for d in digests.tolist()], nonfinite.tolist(), over)
+        return Answer(out.numpy(), [d % 2**64 for d in digests.tolist()], nonfinite.tolist(), int(over))
     buffers = [np.concatenate([np.zeros(misalign, np.uint8), raw]) for raw in raws]
     out = np.full(elements * ITEMSIZE[out_code] + misalign + 8, 0xA5, dtype=np.uint8)
     digests, nonfinite = np.zeros(n, np.uint64), np.zeros(n, np.int64)

@@ -36,7 +36,7 @@ def by_definition(raw: bytes, itemsize, first_block):
 def digest(backend, raw: bytes, itemsize=2, first_block=0):
     array = np.frombuffer(raw, np.uint8).copy()
     if backend == "torch":
-        return torch_combine.digest(torch.from_numpy(array), itemsize, first_block) & M64
+        return int(torch_combine.digest(torch.from_numpy(array), itemsize, first_block)) & M64
     return compiled.digest(array.ctypes.data, len(raw), itemsize, first_block)
 
 

@@ -63,7 +63,7 @@ def test_means_of_16_bit_sources_equal_those_in_float64(code, style, divisor):
         assert np.array_equal(out, expected[0].numpy().view(np.uint16))
         assert np.array_equal(digests, expected[1].numpy().view(np.uint64))
         assert np.array_equal(nonfinite, expected[2].numpy())
-        assert overflowed == expected[3]
+        assert overflowed == int(expected[3])
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 20])
