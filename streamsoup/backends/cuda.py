@@ -78,7 +78,7 @@ class TorchSlot:
         into: memoryview | None = None,
     ) -> Token | None:
         """See `Slot`. The bytes are taken from the staging buffers, whatever their addresses."""
-        from streamsoup.kernels import torch_combine
+        from streamsoup.kernels import torch_combine, triton_combine
 
         stop = first + len(addresses)
         last = stop == len(blend.weights)
@@ -100,7 +100,8 @@ class TorchSlot:
             weights.insert(0, 1.0)
             carried = 1
         divisor = blend.divisor if last else (1.0, 0.0)
-        function: Any = torch_combine.combine_wide if blend.wide else torch_combine.combine
+        plain = triton_combine if triton_combine.is_available(self._device) else torch_combine
+        function: Any = torch_combine.combine_wide if blend.wide else plain.combine
         output, digests, nonfinite, overflowed = function(
             sources,
             kinds,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from streamsoup.kernels import combine as compiled
-from streamsoup.kernels import torch_combine
+from streamsoup.kernels import torch_combine, triton_combine
 from streamsoup.kernels.codes import CANONICAL_NAN, F64, ITEMSIZE
 
 DTYPES = [
@@ -82,18 +82,32 @@ def expected(arrays, codes, weights, divisor: Fraction, out_code: int) -> np.nda
 
 
 def run(
-    backend, arrays, codes, weights, divisor, out_code, *, low=None, first_block=0, hashed=None, misalign=0
+    backend,
+    arrays,
+    codes,
+    weights,
+    divisor,
+    out_code,
+    *,
+    low=None,
+    first_block=0,
+    hashed=None,
+    misalign=0,
+    device="cpu",
 ) -> Answer:
     """Run `combine`, or `combine_wide` where `low` is given, and return plain values."""
     n, hashed = len(arrays), [True] * len(arrays) if hashed is None else hashed
     elements = arrays[0].nbytes // ITEMSIZE[codes[0]]
     raws = [np.frombuffer(array.tobytes(), dtype=np.uint8) for array in arrays]
     more = [] if low is None else [low]
-    if backend == "torch":
-        function = torch_combine.combine if low is None else torch_combine.combine_wide
-        tensors = [torch.from_numpy(raw.copy()) for raw in raws]
+    if backend != "numba":
+        twin = torch_combine if backend == "torch" else triton_combine
+        function = twin.combine if low is None else torch_combine.combine_wide
+        # Each source has memory of its own.
+        tensors = [torch.from_numpy(np.concatenate([np.zeros(misalign, np.uint8), raw])) for raw in raws]
+        tensors = [tensor.to(device)[misalign:] for tensor in tensors]
         out, digests, nonfinite, over = function(tensors, codes, weights, divisor, *more, first_block, out_code, hashed)
-        return Answer(out.numpy(), [d % 2**64 for d in digests.tolist()], nonfinite.tolist(), int(over))
+        return Answer(out.cpu().numpy(), [d % 2**64 for d in digests.tolist()], nonfinite.tolist(), int(over))
     buffers = [np.concatenate([np.zeros(misalign, np.uint8), raw]) for raw in raws]
     out = np.full(elements * ITEMSIZE[out_code] + misalign + 8, 0xA5, dtype=np.uint8)
     digests, nonfinite = np.zeros(n, np.uint64), np.zeros(n, np.int64)
@@ -132,6 +146,24 @@ def random_finite(rng, code: int, size: int) -> np.ndarray:
     wide = widened(raw)
     raw[~np.isfinite(wide)] = 0
     return raw
+
+
+def boundaries(code, rng, count=200):
+    """Midpoints of neighbours of a format, and the float64 numbers next to them; all signs, subnormals too."""
+    raw = (
+        np.arange(256, dtype=np.uint8)
+        if ITEMSIZE[code] == 1
+        else rng.integers(0, 1 << 62, count, dtype=np.uint64).astype(UNSIGNED[ITEMSIZE[code]])
+    )
+    top = UNSIGNED[ITEMSIZE[code]]((1 << (8 * ITEMSIZE[code] - 1)) - 1)
+    raw = np.concatenate([raw & top, np.arange(20, dtype=raw.dtype)])
+    a, b = widened(raw.view(DTYPES[code])), widened((raw + 1).view(DTYPES[code]))
+    keep = np.isfinite(a) & np.isfinite(b)
+    middle = (a[keep] + b[keep]) / 2
+    edge = float(LARGEST[code]) + 2.0 ** (np.floor(np.log2(float(LARGEST[code]))) - MANTISSA[code] - 1)
+    middle = np.concatenate([middle, [edge, float(LARGEST[code]), 2.0 ** LEAST[code], 1e300, 5e-324]])
+    points = np.concatenate([middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf)])
+    return np.concatenate([points, -points, [0.0, -0.0]])
 
 
 def narrow_codes() -> list[int]:

@@ -12,6 +12,7 @@ from exact import (
     SIGNED_ZERO,
     UNSIGNED,
     bits,
+    boundaries,
     encoded,
     expected,
     narrowed,
@@ -53,24 +54,6 @@ def test_exact_sums_are_correctly_rounded_for_every_output(backend, code):
         array[:] = narrowed(widened(arrays[0]) * rng.integers(-8, 9, 600) / 8, source)
     answer = run(backend, arrays, [source] * 2, [1.0, 3.0], 4.0, code)
     np.testing.assert_array_equal(bits(answer, code), expected(arrays, [source] * 2, [1.0, 3.0], Fraction(4), code))
-
-
-def boundaries(code, rng, count=200):
-    """Midpoints of neighbours of a format, and the float64 numbers next to them; all signs, subnormals too."""
-    raw = (
-        np.arange(256, dtype=np.uint8)
-        if ITEMSIZE[code] == 1
-        else rng.integers(0, 1 << 62, count, dtype=np.uint64).astype(UNSIGNED[ITEMSIZE[code]])
-    )
-    top = UNSIGNED[ITEMSIZE[code]]((1 << (8 * ITEMSIZE[code] - 1)) - 1)
-    raw = np.concatenate([raw & top, np.arange(20, dtype=raw.dtype)])
-    a, b = widened(raw.view(DTYPES[code])), widened((raw + 1).view(DTYPES[code]))
-    keep = np.isfinite(a) & np.isfinite(b)
-    middle = (a[keep] + b[keep]) / 2
-    edge = float(LARGEST[code]) + 2.0 ** (np.floor(np.log2(float(LARGEST[code]))) - MANTISSA[code] - 1)
-    middle = np.concatenate([middle, [edge, float(LARGEST[code]), 2.0 ** LEAST[code], 1e300, 5e-324]])
-    points = np.concatenate([middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf)])
-    return np.concatenate([points, -points, [0.0, -0.0]])
 
 
 @on_both

@@ -1,0 +1,148 @@
+"""Combine a tile on a GPU in one launch: what `torch_combine.combine` does, with the same bits.
+
+Triton is needed only where this is used; torch brings it along where it is built for CUDA.
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import torch_combine
+from .codes import BLOCK, ITEMSIZE, PAIR
+
+__all__ = ["ALIGNMENT", "combine", "is_available"]
+
+ALIGNMENT = 16
+"""Bytes that a source's address is a multiple of, or the source is copied first: two words are loaded at once."""
+
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
+
+def is_available(device: torch.device) -> bool:
+    """Tell whether `combine` runs as one kernel there: on NVIDIA GPUs since Ampere, and interpreted on the CPU.
+
+    Triton's interpreter is on where TRITON_INTERPRET is 1, and was before triton was imported.
+    """
+    if not _is_installed():
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return device.type == "cpu"
+    return device.type == "cuda" and torch.version.cuda is not None and _is_recent(device)
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def combine(
+    sources: list[Tensor],
+    codes: list[int],
+    weights: list[float],
+    divisor: float,
+    first_block: int,
+    out_code: int,
+    hashed: list[bool],
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Σ weights[i]·source[i] / divisor of one tile, accumulated in float64 and rounded once.
+
+    Nothing is waited for. Sources from the second on must share a dtype, which the first need not (it may be the sum
+    of those before); any other mixture is left to `torch_combine`.
+
+    Parameters
+    ----------
+    sources : list of Tensor, shape (elements * itemsize,), uint8
+        The tile's bytes in every source, on one device; not changed. Copied where an address is not a multiple of
+        ALIGNMENT.
+    codes, weights, divisor, first_block, out_code, hashed
+        As in `kernels.combine.combine`.
+    out : Tensor, shape (elements * itemsize,), uint8, optional
+        Changed: the result. It overlaps no source, or is exactly one of them with the same itemsize.
+
+    Returns
+    -------
+    out : Tensor, shape (elements * itemsize,), uint8
+    digests, nonfinite : Tensor, shape (N,), int64
+        The digests' bits (unsigned, in an int64), and the counts of NaN and infinite elements.
+    overflowed : Tensor, shape (), int64
+        Output elements that are not finite although every source element there was.
+
+    Notes
+    -----
+    Memory: 8 bytes for each source and block of 2,048 elements, and 40 bytes a source, of which 24 are page-locked.
+    Each byte of a source is read once, each of the output written once. Source: own.
+    """
+    elements = sources[0].numel() // ITEMSIZE[codes[0]]
+    if elements == 0 or PAIR in codes or any(one != other for one, other in pairwise(codes[1:])):
+        made, *found = torch_combine.combine(sources, codes, weights, divisor, first_block, out_code, hashed)
+        return made if out is None else out.copy_(made), found[0], found[1], found[2]
+    device, n = sources[0].device, len(sources)
+    size, blocks = ITEMSIZE[out_code], -(-elements // BLOCK)
+    sources = [raw.clone() if raw.data_ptr() % ALIGNMENT else raw for raw in sources]
+    goal = out
+    if goal is None or goal.data_ptr() % size or goal.storage_offset() % size:
+        goal = torch.empty(elements * size, dtype=torch.uint8, device=device)
+    counts = torch.zeros(n + 1, dtype=torch.int64, device=device)
+    # A source that is not digested leaves its column as it is.
+    rows = blocks if any(hashed) else 1
+    parts = (torch.empty if all(hashed) else torch.zeros)((rows, n), dtype=torch.int64, device=device)
+    with torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
+        _kernel()[(blocks,)](
+            _table(sources, weights, divisor, elements, first_block, hashed),
+            goal.view(_UNSIGNED[size]), counts, parts, n,
+            FIRST=int(codes[0]), REST=int(codes[-1]), OUT=int(out_code),
+            FIRST_HASHED=bool(hashed[0]), REST_HASHED=any(hashed[1:]), WHOLE=elements % BLOCK == 0,
+            **_options(),
+        )  # fmt: skip
+    if out is None:
+        out = goal
+    elif out is not goal:
+        out.copy_(goal)
+    return out, parts.sum(0), counts[1:], counts[0]
+
+
+@cache
+def _kernel() -> Any:
+    from .triton_loops import combine_blocks
+
+    return combine_blocks
+
+
+@cache
+def _options() -> dict[str, Any]:
+    from .triton_loops import OPTIONS
+
+    return OPTIONS
+
+
+def _table(
+    sources: list[Tensor], weights: list[float], divisor: float, elements: int, first_block: int, hashed: list[bool]
+) -> Tensor:
+    """Return the numbers that `triton_loops.combine_blocks` reads, on the device of the sources.
+
+    Floats are passed as their bits, since Triton would round an argument to float32. Copied from page-locked memory,
+    so that nothing waits; torch does not use that memory again before it was copied.
+    """
+    from .triton_loops import HEADER, ROW
+
+    table = np.empty(HEADER + ROW * len(sources), np.int64)
+    table[:HEADER] = elements, first_block, np.float64(divisor).view(np.int64), 0
+    rows = table[HEADER:].reshape(-1, ROW)
+    rows[:, 0] = [raw.data_ptr() for raw in sources]
+    rows[:, 1] = np.array(weights, np.float64).view(np.int64)
+    rows[:, 2] = hashed
+    made = torch.from_numpy(table)
+    device = sources[0].device
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
