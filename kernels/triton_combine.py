@@ -3,7 +3,9 @@
 Triton is needed only where this is used; torch brings it along where it is built for CUDA.
 """
 
+import logging
 import os
+import threading
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,26 +16,30 @@ import torch
 from torch import Tensor
 
 from . import torch_combine
-from .codes import BLOCK, ITEMSIZE, PAIR
+from .codes import BF16, BLOCK, ITEMSIZE, PAIR
 
 __all__ = ["ALIGNMENT", "combine", "is_available"]
 
 ALIGNMENT = 16
 """Bytes that a source's address is a multiple of, or the source is copied first: two words are loaded at once."""
 
+# The interpreter keeps the number of its program in one place, and compiling twice what several threads want is waste.
+_LOCK = threading.Lock()
+_log = logging.getLogger(__name__)
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 
 def is_available(device: torch.device) -> bool:
     """Tell whether `combine` runs as one kernel there: on NVIDIA GPUs since Ampere, and interpreted on the CPU.
 
+    The first call for a GPU compiles and launches it, and logs why that failed.
     Triton's interpreter is on where TRITON_INTERPRET is 1, and was before triton was imported.
     """
     if not _is_installed():
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return device.type == "cpu"
-    return device.type == "cuda" and torch.version.cuda is not None and _is_recent(device)
+    return device.type == "cuda" and torch.version.cuda is not None and _works(device)
 
 
 @cache
@@ -42,8 +48,24 @@ def _is_installed() -> bool:
 
 
 @cache
-def _is_recent(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _works(device: torch.device) -> bool:
+    """Try the kernel: Triton wants a C compiler and Python's headers when it launches something first."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        combine(
+            [torch.zeros(2 * BLOCK, dtype=torch.uint8, device=device)] * 2,
+            [BF16] * 2,
+            [1.0] * 2,
+            2.0,
+            0,
+            BF16,
+            [True] * 2,
+        )
+    except Exception as error:  # whatever it is: the bits are the same without it
+        _log.warning("%s: plain torch takes the place of the fused kernel, which cannot be used: %r", device, error)
+        return False
+    return True
 
 
 def combine(
@@ -98,7 +120,7 @@ def combine(
     # A source that is not digested leaves its column as it is.
     rows = blocks if any(hashed) else 1
     parts = (torch.empty if all(hashed) else torch.zeros)((rows, n), dtype=torch.int64, device=device)
-    with torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
+    with _LOCK, torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
         _kernel()[(blocks,)](
             _table(sources, weights, divisor, elements, first_block, hashed),
             goal.view(_UNSIGNED[size]), counts, parts, n,

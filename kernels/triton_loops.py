@@ -279,7 +279,7 @@ def _encode(q, CODE: tl.constexpr):
     return tl.where((bits & _MAGNITUDE) > _EXPONENT, nan, result)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def combine_blocks(
     table,
     out,

@@ -16,7 +16,7 @@ import torch
 from streamsoup.kernels import triton_combine
 
 HERE = Path(__file__).resolve().parent
-CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction")
+CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction", "soup")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -66,6 +66,16 @@ def test_it_compiles_for_every_dtype_without_contraction_flushing_or_reciprocals
 def test_without_an_interpreter_the_cpu_is_left_to_torch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not triton_combine.is_available(torch.device("cpu"))
+
+
+def test_where_the_kernel_cannot_be_launched_torch_takes_its_place(monkeypatch, caplog):
+    def trouble():
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(triton_combine, "_kernel", trouble)
+    assert not triton_combine._works.__wrapped__(torch.device("cpu"))
+    assert "no C compiler" in caplog.text
 
 
 def test_triton_is_imported_only_where_it_is_used():

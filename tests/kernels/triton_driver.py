@@ -7,8 +7,10 @@ runs checks by their names (``cpu`` is interpreted, and wants the variable set),
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from exact import DTYPES, UNSIGNED, boundaries, random_finite, run
 from streamsoup.kernels import torch_combine, triton_combine
 from streamsoup.kernels.codes import BF16, BLOCK, F8_E4M3, F8_E5M2FNUZ, F16, F32, F64, ITEMSIZE
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 DEVICE = sys.argv[1]
 ALL = range(8)
 
@@ -157,6 +160,32 @@ def contraction():
         for a, b in zip(*arrays, strict=True)
     ]
     assert (answer.out.view(np.float64) != np.array(fused)).sum() > 100
+
+
+def soup():
+    """The engine's tiles go through the kernel, from several threads, and in groups that carry a partial sum."""
+    from factory import realistic, same_bits, write_checkpoint
+    from simmer import simmer
+
+    shapes = {"a.weight": (130, 41), "b.weight": (3, 5), "b.bias": (2048,)}
+    calls, combine = [], triton_combine.combine
+
+    def counting(sources, codes, *rest):
+        calls.append(codes)
+        return combine(sources, codes, *rest)
+
+    triton_combine.combine = counting
+    device, weights = "torch:cpu" if DEVICE == "cpu" else DEVICE, [1.0 + 0.1 * i for i in range(7)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write_checkpoint(Path(folder) / f"r{i}", realistic(i, shapes)) for i in range(7)]
+        judge, expected = simmer(paths, weights)
+        assert not calls
+        for group in (7, 3):
+            made, found = simmer(paths, weights, device=device, group=group, workers=2, tile_blocks=2)
+            assert same_bits(made, judge)
+            assert found.digests.tolist() == expected.digests.tolist()
+    assert [BF16] * 7 in calls
+    assert [F64] + [BF16] * 3 in calls
 
 
 def main() -> None:
