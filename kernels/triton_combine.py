@@ -18,13 +18,15 @@ from torch import Tensor
 from . import torch_combine
 from .codes import BF16, BLOCK, ITEMSIZE, PAIR
 
-__all__ = ["ALIGNMENT", "combine", "is_available"]
+__all__ = ["ALIGNMENT", "LOCK", "aligned", "combine", "is_available", "table_of"]
 
 ALIGNMENT = 16
 """Bytes that a source's address is a multiple of, or the source is copied first: two words are loaded at once."""
 
-# The interpreter keeps the number of its program in one place, and compiling twice what several threads want is waste.
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
+"""Held while a kernel is launched: the interpreter has one place for its program's number, and what several threads
+want is compiled once."""
+
 _log = logging.getLogger(__name__)
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
@@ -112,7 +114,7 @@ def combine(
         return made if out is None else out.copy_(made), found[0], found[1], found[2]
     device, n = sources[0].device, len(sources)
     size, blocks = ITEMSIZE[out_code], -(-elements // BLOCK)
-    sources = [raw.clone() if raw.data_ptr() % ALIGNMENT else raw for raw in sources]
+    sources = aligned(sources)
     goal = out
     if goal is None or goal.data_ptr() % size or goal.storage_offset() % size:
         goal = torch.empty(elements * size, dtype=torch.uint8, device=device)
@@ -120,9 +122,9 @@ def combine(
     # A source that is not digested leaves its column as it is.
     rows = blocks if any(hashed) else 1
     parts = (torch.empty if all(hashed) else torch.zeros)((rows, n), dtype=torch.int64, device=device)
-    with _LOCK, torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
+    with LOCK, torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
         _kernel()[(blocks,)](
-            _table(sources, weights, divisor, elements, first_block, hashed),
+            table_of(sources, weights, divisor, elements, first_block, hashed),
             goal.view(_UNSIGNED[size]), counts, parts, n,
             FIRST=int(codes[0]), REST=int(codes[-1]), OUT=int(out_code),
             FIRST_HASHED=bool(hashed[0]), REST_HASHED=any(hashed[1:]), WHOLE=elements % BLOCK == 0,
@@ -149,7 +151,12 @@ def _options() -> dict[str, Any]:
     return OPTIONS
 
 
-def _table(
+def aligned(sources: list[Tensor]) -> list[Tensor]:
+    """Return sources whose addresses are multiples of ALIGNMENT: themselves, or copies."""
+    return [raw.clone() if raw.data_ptr() % ALIGNMENT else raw for raw in sources]
+
+
+def table_of(
     sources: list[Tensor], weights: list[float], divisor: float, elements: int, first_block: int, hashed: list[bool]
 ) -> Tensor:
     """Return the numbers that `triton_loops.combine_blocks` reads, on the device of the sources.

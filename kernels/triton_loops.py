@@ -1,9 +1,9 @@
-"""The fused kernel behind `triton_combine`, which sees to its arguments. Imports triton.
+"""The fused kernels behind `triton_combine` and `triton_measuring`, which see to their arguments. Imports triton.
 
 One program is one block of 2,048 elements. It loads the block of a source as 64-bit words, each once, and the words
 serve all: they are digested, what is not finite is found in whole words, and the elements are cut out of them. Digests
 and counts are integers, and an element is summed by itself in the order of the sources, so that nothing depends on how
-values lie in threads. Compile it with ``enable_fp_fusion=False``: a fused multiply-add rounds once where the other
+values lie in threads. Compile them with ``enable_fp_fusion=False``: a fused multiply-add rounds once where the other
 kernels round twice.
 """
 
@@ -28,7 +28,7 @@ from .triton_numbers import (
     load_words,
 )
 
-__all__ = ["HEADER", "OPTIONS", "ROW", "combine_blocks"]
+__all__ = ["HEADER", "OPTIONS", "ROW", "combine_blocks", "gram_blocks"]
 
 HEADER = 4
 """Numbers before the rows of the table: elements, first block, the bits of the divisor, one that is free."""
@@ -40,7 +40,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 """Eight elements a thread: 16 bytes of a 16-bit source, and 64 registers by what ptxas says for it on sm_90."""
 
 _HEADER, _ROW = tl.constexpr(HEADER), tl.constexpr(ROW)
-_BLOCK = tl.constexpr(codes.BLOCK)
+_BLOCK, _HALF = tl.constexpr(codes.BLOCK), tl.constexpr(codes.BLOCK // 2)
 _STEP = tl.constexpr(0x9E3779B97F4A7C15)
 _M1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _M2 = tl.constexpr(0x94D049BB133111EB)
@@ -157,3 +157,57 @@ def combine_blocks(
         tl.store(target, item)
     else:
         tl.store(target, item, mask=number < count)
+
+
+@triton.jit
+def _halves(values):
+    """Add the elements of a block by halves, as `torch_measuring.halves`."""
+    for level in tl.static_range(10):
+        values = tl.sum(tl.reshape(values, [2, _HALF >> level]), 0)
+    return tl.sum(values, 0)
+
+
+@triton.jit
+def _row(table, k, n, block, count, centre, middle, CODE: tl.constexpr, CENTRED: tl.constexpr, WHOLE: tl.constexpr):
+    """Return a block of source `k` as float64, or its difference from the centre: zero for the centre itself."""
+    row = decode(_load(table, k, n, block, count, CODE, WHOLE), CODE)
+    if CENTRED:
+        # Not a comparison of numbers alone; see `load_words`.
+        row = tl.where(tl.full([_BLOCK], 0, tl.int64) + k == centre, 0.0, row - middle)
+    return row
+
+
+@triton.jit(do_not_specialize=["n", "centre"])
+def gram_blocks(table, out, n, centre, CODE: tl.constexpr, CENTRED: tl.constexpr, WHOLE: tl.constexpr):
+    """Multiply one block of one source by those of all sources up to it, all of dtype CODE.
+
+    Parameters
+    ----------
+    table : pointer to int64
+        As in `combine_blocks`; first block, divisor and weights are not used.
+    out : pointer to float64, shape (blocks, N, N)
+        Changed: the inner products of every pair, both ways round.
+    n, centre : int
+    CODE : code
+    CENTRED : bool
+        Whether the differences from source `centre` are multiplied.
+    WHOLE : bool
+        Whether the elements are a multiple of BLOCK.
+
+    Notes
+    -----
+    Memory: two or three blocks of float64 in registers. The programs of one block run side by side, and read what the
+    others read from the second-level cache. Source: own; see `measuring.gram`.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    block, i = number // n, number % n
+    count = tl.minimum(tl.load(table) - block * _BLOCK, _BLOCK)
+    middle = tl.full([_BLOCK], 0.0, tl.float64)
+    if CENTRED:
+        middle = decode(_load(table, centre, n, block, count, CODE, WHOLE), CODE)
+    row = _row(table, i, n, block, count, centre, middle, CODE, CENTRED, WHOLE)
+    out += block * n * n
+    for j in range(i + 1):
+        product = _halves(_row(table, j, n, block, count, centre, middle, CODE, CENTRED, WHOLE) * row)
+        tl.store(out + i * n + j, product)
+        tl.store(out + j * n + i, product)

@@ -166,8 +166,12 @@ class _TorchTile:
 
     def gram(self, begin: int, count: int, centre: int | None) -> npt.NDArray[np.float64]:
         """See `Looks`."""
-        from streamsoup.kernels import torch_measuring
+        from streamsoup.kernels import torch_measuring, triton_combine, triton_measuring
 
+        if triton_combine.is_available(self._device):
+            stop, sizes = begin + count, self.blend.itemsizes
+            raws = [raw[begin * n : stop * n] for raw, n in zip(self._sources, sizes, strict=True)]
+            return np.asarray(triton_measuring.gram(raws, self.blend.codes.tolist(), centre).cpu().numpy())
         return np.asarray(torch_measuring.gram(self._values(begin, count).rows, centre).cpu().numpy())
 
     def products(self, begin: int, count: int) -> npt.NDArray[np.float64]:

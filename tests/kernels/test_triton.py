@@ -16,7 +16,7 @@ import torch
 from streamsoup.kernels import triton_combine
 
 HERE = Path(__file__).resolve().parent
-CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction", "soup")
+CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction", "gram", "soup")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -59,6 +59,9 @@ def test_it_compiles_for_every_dtype_without_contraction_flushing_or_reciprocals
         assert found["flushes"] == 0
         if found["WHOLE"] and found["FIRST"] not in range(4, 8):
             assert found["two words at once"] > 0, found
+    for found in result["gram"]:
+        assert set(found["operations"]) <= {"add.rn.f64", "sub.rn.f64", "mul.rn.f64"}, found
+        assert found["flushes"] == 0
     # This test would notice one.
     assert result["fused"]["operations"]["fma.rn.f64"] > 0
 

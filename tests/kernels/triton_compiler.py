@@ -1,4 +1,4 @@
-"""Compile the fused kernel for GPUs that need not be there, and print what matters of its PTX, as JSON."""
+"""Compile the fused kernels for GPUs that need not be there, and print what matters of its PTX, as JSON."""
 
 from __future__ import annotations
 
@@ -12,19 +12,37 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamsoup.kernels.codes import F64, ITEMSIZE
-from streamsoup.kernels.triton_loops import OPTIONS, combine_blocks
+from streamsoup.kernels.triton_loops import OPTIONS, combine_blocks, gram_blocks
 
 POINTERS = {1: "*u8", 2: "*u16", 4: "*u32", 8: "*u64"}
 
 
-def ptx(capability: int, constants: dict[str, Any], **options: Any) -> str:
-    """Return the kernel's PTX; ptxas has assembled it, too."""
-    signature = {"table": "*i64", "out": POINTERS[ITEMSIZE[constants["OUT"]]], "found": "*i64", "digests": "*i64"}
-    signature |= {"n": "i32"} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(combine_blocks, signature, constants, {(k,): [["tt.divisibility", 16]] for k in range(4)})
+def ptx(capability: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: Any) -> str:
+    """Return a kernel's PTX; ptxas has assembled it, too."""
+    pointers = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, pointers)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**OPTIONS, **options})
     assert made.asm["cubin"]
     return str(made.asm["ptx"])
+
+
+def combined(capability: int, constants: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Summarize `combine_blocks`."""
+    kinds = {
+        "table": "*i64",
+        "out": POINTERS[ITEMSIZE[constants["OUT"]]],
+        "found": "*i64",
+        "digests": "*i64",
+        "n": "i32",
+    }
+    text = ptx(capability, combine_blocks, kinds, constants, **options)
+    return {"capability": capability, **constants, **summary(text)}
+
+
+def multiplied(constants: dict[str, Any]) -> dict[str, Any]:
+    """Summarize `gram_blocks`."""
+    kinds = {"table": "*i64", "out": "*fp64", "n": "i32", "centre": "i32"}
+    return {**constants, **summary(ptx(90, gram_blocks, kinds, constants))}
 
 
 def constants(first: int, rest: int, out: int, *, hashed: bool, whole: bool) -> dict[str, Any]:
@@ -48,12 +66,11 @@ def main() -> None:
     for code in range(8):
         # A soup, and a running sum or a later group; 90 is Hopper, 80 is Ampere.
         for capability in (80, 90):
-            soup = constants(code, code, code, hashed=True, whole=capability == 90)
-            found.append({"capability": capability, **soup, **summary(ptx(capability, soup))})
-        later = constants(F64, code, (code + 3) % 8, hashed=False, whole=code % 2 == 0)
-        found.append({"capability": 90, **later, **summary(ptx(90, later))})
-    fused = summary(ptx(90, constants(0, 0, 0, hashed=True, whole=True), enable_fp_fusion=True))
-    json.dump({"found": found, "fused": fused}, sys.stdout)
+            found.append(combined(capability, constants(code, code, code, hashed=True, whole=capability == 90)))
+        found.append(combined(90, constants(F64, code, (code + 3) % 8, hashed=False, whole=code % 2 == 0)))
+    gram = [multiplied({"CODE": code, "CENTRED": code % 2 == 0, "WHOLE": code < 2}) for code in (0, 1, 2, 4)]
+    fused = combined(90, constants(0, 0, 0, hashed=True, whole=True), enable_fp_fusion=True)
+    json.dump({"found": found, "gram": gram, "fused": fused}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from exact import DTYPES, UNSIGNED, boundaries, random_finite, run
 
-from streamsoup.kernels import torch_combine, triton_combine
+from streamsoup.kernels import torch_combine, torch_measuring, triton_combine, triton_measuring
 from streamsoup.kernels.codes import BF16, BLOCK, F8_E4M3, F8_E5M2FNUZ, F16, F32, F64, ITEMSIZE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -160,6 +160,25 @@ def contraction():
         for a, b in zip(*arrays, strict=True)
     ]
     assert (answer.out.view(np.float64) != np.array(fused)).sum() > 100
+
+
+def gram():
+    """Inner products have the bits of plain torch, centred or not, whatever the dtype and the last block."""
+    rng = np.random.default_rng(6)
+    for code in ALL:
+        for elements, n, centre in ((700 + code, 3, None), (BLOCK, 2, code % 2), (BLOCK + 1, 3, 2)):
+            arrays = [normal(rng, code, elements) for _ in range(n)]
+            arrays[0][5] = np.inf
+            raws = [torch.from_numpy(array.view(np.uint8)) for array in arrays]
+            rows = torch.stack([torch_combine.widen(raw, code) for raw in raws])
+            judge = torch_measuring.gram(rows, centre).numpy()
+            found = triton_measuring.gram([raw.to(DEVICE) for raw in raws], [code] * n, centre).cpu().numpy()
+            np.testing.assert_array_equal(np.isnan(found), np.isnan(judge))
+            np.testing.assert_array_equal(np.nan_to_num(found).view(np.int64), np.nan_to_num(judge).view(np.int64))
+    raws = [torch.from_numpy(normal(rng, code, 50).view(np.uint8)) for code in (BF16, F32)]
+    rows = torch.stack([torch_combine.widen(raw, code) for raw, code in zip(raws, (BF16, F32), strict=True)])
+    found = triton_measuring.gram([raw.to(DEVICE) for raw in raws], [BF16, F32], None).cpu()
+    assert torch.equal(found, torch_measuring.gram(rows, None))
 
 
 def soup():
