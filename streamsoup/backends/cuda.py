@@ -270,7 +270,9 @@ class TorchBackend:
 
     def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
         """See `Backend`."""
-        from streamsoup.kernels import torch_combine  # noqa: F401
+        from streamsoup.kernels import torch_combine, triton_combine  # noqa: F401
+
+        triton_combine.is_available(self._device)  # compiles on a GPU, which is not the run's memory
 
     def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> TorchSlot:
         """See `Backend`."""
