@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 import streamsoup
 from streamsoup.errors import (
     ChangedIngredientError,
-    DestinationError,
     DiskSpaceError,
     RecipeError,
     ResumeError,
@@ -56,40 +55,7 @@ def interrupt(paths, module, out, workdir, *, after=2, **options):
         learn(paths, module, out, workdir=workdir, on_step=stop, **options)
 
 
-# -- what is there stays -------------------------------------------------------------------------------------------
-
-
-def test_a_finished_soup_is_left_as_it_is_by_the_same_call(paths, module, tmp_path):
-    first = learn(paths, module, tmp_path / "soup", workdir=tmp_path / "work")
-    (tmp_path / "soup" / "my_eval.json").write_text("{}")
-    (tmp_path / "soup" / "model.safetensors").write_bytes(b"my quantised weights")
-    again = learn(paths, module, tmp_path / "soup", workdir=tmp_path / "work")
-    assert np.array_equal(first.coefficients, again.coefficients)
-    assert (tmp_path / "soup" / "my_eval.json").exists()
-    assert (tmp_path / "soup" / "model.safetensors").read_bytes() == b"my quantised weights"
-    with pytest.raises(DestinationError, match="exists already"):
-        learn(paths, module, tmp_path / "soup")
-    with pytest.raises(DestinationError, match="exists already"):
-        learn(paths, module, tmp_path / "soup", workdir=tmp_path / "work", restart=True)
-
-
-def test_a_soup_of_a_learned_soup_is_no_learned_soup(paths, module, tmp_path):
-    """It once inherited learned.json, and was taken for the learned soup, and replaced."""
-    learn(paths, module, tmp_path / "soup", workdir=tmp_path / "work")
-    (tmp_path / "soup").rename(tmp_path / "kept")
-    streamsoup.soup([tmp_path / "kept", paths[0]], tmp_path / "soup", weights=[0.9, 0.1])
-    assert not (tmp_path / "soup" / "learned.json").exists()
-    before = weights_bytes(tmp_path / "soup")
-    with pytest.raises(DestinationError, match="exists already"):
-        learn(paths, module, tmp_path / "soup", workdir=tmp_path / "work")
-    assert weights_bytes(tmp_path / "soup") == before
-
-
-def test_a_file_beside_a_single_file_is_kept(paths, module, tmp_path):
-    (tmp_path / "soup.learned.json").write_text("mine")
-    with pytest.raises(DestinationError, match="exists already"):
-        learn(paths, module, tmp_path / "soup.safetensors")
-    assert (tmp_path / "soup.learned.json").read_text() == "mine"
+# -- what is there stays (see test_learning_publishing, too) -------------------------------------------------------
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -210,15 +176,6 @@ def test_a_work_folder_may_go_with_the_soup_in_its_place(paths, module, tmp_path
 
     learn(paths, module, tmp_path / "soup2", workdir=tmp_path / "mine", keep_workdir=False, on_step=look)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-
-
-def test_an_error_before_the_first_step_leaves_nothing(paths, module, tmp_path):
-    with pytest.raises(RecipeError, match="no gradient"):
-        streamsoup.learn(
-            paths, module, lambda logits, targets: torch.zeros(()), make_batches(1), workdir=tmp_path / "work",
-            temperature=False,
-        )  # fmt: skip
-    assert not (tmp_path / "work").exists()
 
 
 def test_the_state_does_not_grow_with_the_steps(paths, module, tmp_path):

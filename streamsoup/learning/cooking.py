@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,7 +250,7 @@ class _Kitchen:
         try:
             publisher.publish(result, job_id, digests, self.pool)
         except BaseException as error:
-            error.learned = result  # type: ignore[attr-defined]
+            error.learned = replace(result, path=None)  # type: ignore[attr-defined]
             if self.workdir is None:
                 error.add_note(
                     "What was learned is in this exception's attribute `learned`, a LearnResult; its recipe makes the "

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamsoup.checkpoints import Checkpoint
 from streamsoup.cook import cook, resume
 from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.execution import Execution
@@ -58,11 +57,7 @@ class Publisher:
             If unfinished work of another run lies beside it.
         """
         workspace = self._workspace
-        checkpoints: Sequence[Checkpoint] = list(pool.checkpoints.values())
         ours = job_id is not None and workspace.is_of(job_id)
-        if restart and ours:
-            workspace.remove()
-            ours = False
         if workspace.exists and not ours and not workspace.is_leftover:
             raise ResumeError(
                 f"{workspace.folder}: holds the unfinished work of another run. Go on with that by "
@@ -70,10 +65,15 @@ class Publisher:
             )
         finished = job_id is not None and not restart and (ours or workspace.is_published(job_id))
         check_destination(
-            workspace.destination, checkpoints, overwrite=self.overwrite or finished, beside=(LEARNED_NAME,)
+            workspace.destination,
+            list(pool.checkpoints.values()),
+            overwrite=self.overwrite or finished,
+            beside=(LEARNED_NAME,),
         )
         _refuse_nested(self.path, workdir)
         require_space_at([(self.out, pool.layout.file_bytes)])
+        if restart and ours:
+            workspace.remove()
 
     def publish(self, result: LearnResult, job_id: str, digests: Sequence[str], pool: Pool) -> None:
         """Write the soup, go on writing it, or leave it where an earlier run of this very job has put it.
@@ -94,7 +94,7 @@ class Publisher:
         document = json.dumps({"id": job_id, **result.to_json()}, indent=1)
         if workspace.is_of(job_id):
             resume(self.out, execution)
-        elif not workspace.is_published(job_id):
+        elif self.overwrite or not workspace.is_published(job_id):
             cook(result.recipe, self.out, execution, Extras({LEARNED_NAME: document}, tuple(digests), job_id))
 
     @property

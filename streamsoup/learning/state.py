@@ -114,7 +114,9 @@ class StateFile:
         folder = self._folder
         if folder is None:
             return Standing()
-        if not holds_state(folder):  # nothing was learned that could be lost
+        if not holds_state(folder):  # nothing was learned that could be lost; but its soup may be in its place
+            if _read(folder).get("job") == json.loads(json.dumps(self._document["job"])):
+                self.id = self._document["id"] = str(_read(folder)["id"])
             write_durably(folder / _JOB, json.dumps(self._document, indent=1))
             return Standing()
         try:
@@ -185,17 +187,22 @@ def holds_state(folder: Path | None) -> bool:
 
 
 def id_in(folder: Path | None) -> str | None:
-    """Return the id of the work in a folder, if there is any."""
-    if folder is None or not holds_state(folder):
-        return None
+    """Return the id of the work that is, or was, in a folder."""
+    found = {} if folder is None else _read(folder)
+    return str(found["id"]) if found else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Return what stands in the job's file; nothing if it is not readable."""
     try:
-        return str(json.loads((folder / _JOB).read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) and found.keys() >= {"id", "job"} else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def remove_state(folder: Path) -> None:
-    """Remove what learning put into a work folder; what says that there is work goes first."""
+    """Remove what learning put into a work folder; what says that there is work goes first, and who it was last."""
     for name in STATE_NAMES:
         (folder / name).unlink(missing_ok=True)
 
@@ -207,5 +214,5 @@ def _decisive(job: LearnJob) -> dict[str, Any]:
     return document
 
 
-STATE_NAMES = (_STATE, _STEPS, _JOB, f".{_STATE}.new", f".{_JOB}.new")
+STATE_NAMES = (_STATE, _STEPS, f".{_STATE}.new", f".{_JOB}.new", _JOB)
 """All that learning puts into a work folder."""
