@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.backends import open_backend
-from streamsoup.budget import PeakSampler, default_budget_bytes, worker_count
+from streamsoup.budget import PeakSampler, default_budget_bytes
 from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
 from streamsoup.comparison_gathering import Gathered, TensorFigures
+from streamsoup.devices import choose_means
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
@@ -178,6 +179,7 @@ def compare(
     *,
     budget_bytes: int | str | None = None,
     device: str = "cpu",
+    device_budget_bytes: int | str | None = None,
     workers: int | None = None,
     read_mode: str = "auto",
     progress: Callable[[Progress], None] | None = None,
@@ -193,7 +195,7 @@ def compare(
         What they were fine-tuned from. Differences are then taken from it, else from the mean of the ingredients.
     budget_bytes : int or str, optional
         What the engine may own; by default a quarter of what is free, at most 2 GiB.
-    device, workers, read_mode, progress, on_compile
+    device, device_budget_bytes, workers, read_mode, progress, on_compile
         See `Execution`; they change no bit of the result.
 
     Returns
@@ -217,11 +219,12 @@ def compare(
     execution = Execution(
         budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),
         device=device,
+        device_budget_bytes=None if device_budget_bytes is None else parse_bytes(device_budget_bytes),
         workers=workers,
         read_mode=read_mode,
         progress=progress,
     )
-    backend = open_backend(execution.device)
+    backend = open_backend(execution.device, execution.device_budget_bytes)
     checkpoints = open_checkpoints([*([] if base is None else [str(base)]), *paths])
     plan, mode = _plan(checkpoints, execution)
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
@@ -256,10 +259,8 @@ def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan
         checkpoints,
         Looking(count),
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
-        workers=worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints)),
-        staged=mode == "plain" or execution.device != "cpu",
-        ahead=mode == "ahead",
         reserved_bytes=kept + MOST_MEASURED * held_bytes(count),
+        **choose_means(execution.device, mode, execution.workers, tensor_bytes=tensor_bytes(checkpoints)),
     )
     return plan, mode
 

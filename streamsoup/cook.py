@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.backends import open_backend
-from streamsoup.budget import default_budget_bytes, worker_count
+from streamsoup.budget import default_budget_bytes
 from streamsoup.checkpoints import (
     expand_paths,
     expect_identity,
@@ -19,6 +19,7 @@ from streamsoup.checkpoints import (
     identity_to_json,
     open_checkpoints,
 )
+from streamsoup.devices import choose_means
 from streamsoup.errors import ChangedIngredientError, DestinationError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
@@ -57,6 +58,7 @@ def soup(
     nonfinite: str = "error",
     budget_bytes: int | str | None = None,
     device: str = "cpu",
+    device_budget_bytes: int | str | None = None,
     workers: int | None = None,
     read_mode: str = "auto",
     overwrite: bool = False,
@@ -102,7 +104,7 @@ def soup(
         What to do about NaN or infinity.
     budget_bytes : int or str, optional
         What the engine may own, such as ``"512MiB"``; by default a quarter of what is free, at most 2 GiB.
-    device, workers, read_mode, overwrite, keep, restart, durable, distributed, progress
+    device, device_budget_bytes, workers, read_mode, overwrite, keep, restart, durable, distributed, progress
         See `Execution`.
 
     Returns
@@ -141,6 +143,7 @@ def soup(
     execution = Execution(
         budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),
         device=device,
+        device_budget_bytes=None if device_budget_bytes is None else parse_bytes(device_budget_bytes),
         workers=workers,
         read_mode=read_mode,
         overwrite=overwrite,
@@ -196,15 +199,16 @@ def _plan(
     method, touched = select(method, recipe.include, recipe.exclude, names)
     touched = [*touched, *parameters_of(recipe).touched(names)]
     mode = choose_mode(checkpoints, execution.read_mode)
-    workers = worker_count(execution.workers, mode, tensor_bytes=tensor_bytes(checkpoints))
+    means = choose_means(execution.device, mode, execution.workers, tensor_bytes=tensor_bytes(checkpoints))
+    if execution.workers is None and not means["locked"]:  # ranks share the cores, but each has its own device
+        means["workers"] = max(1, means["workers"] // local_ranks)
     settled = replace(
         execution,
         budget_bytes=execution.budget_bytes or default_budget_bytes() // local_ranks,
-        workers=workers if execution.workers is not None else max(1, workers // local_ranks),
+        workers=means["workers"],
         read_mode=mode,
     )
     assert settled.budget_bytes is not None
-    assert settled.workers is not None
     plan = make_plan(
         checkpoints,
         method,
@@ -212,10 +216,8 @@ def _plan(
         shard_bytes=recipe.shard_bytes,
         file_name=destination.path.name if destination and destination.is_file else None,
         budget_bytes=settled.budget_bytes,
-        workers=settled.workers,
-        staged=mode == "plain" or execution.device != "cpu",
-        ahead=mode == "ahead",
         touched=touched,
+        **means,
     )
     if destination is not None:
         check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
@@ -274,8 +276,9 @@ def _cook(
     if ranks.count > 1:
         recipe, out = ranks.first(lambda: (with_absolute_paths(recipe), destination_of(out).path))
     workspace = Workspace(destination_of(out))
-    backend = open_backend(ranks.device(execution.device))
+    backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
     plan, execution = _plan_together(ranks, recipe, out, execution)
+    backend.shares(plan.tiling, plan.needs)  # is there room?
 
     def begin() -> dict[str, Any]:
         if execution.restart:
@@ -361,7 +364,7 @@ def _resume(
     recipe = recipe_from_mapping(job["recipe"], where=str(workspace.folder))
     if nonfinite is not None:
         recipe = replace(recipe, nonfinite=nonfinite)
-    backend = open_backend(ranks.device(execution.device))
+    backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"], durable=True)
     plan, execution = _plan_together(ranks, recipe, workspace.destination.path, execution, resuming=True)
     if plan.fingerprint != job["fingerprint"]:

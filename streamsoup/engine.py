@@ -74,7 +74,6 @@ class Engine:
         self.outcome = Outcome.empty(plan)
         self.work = TileWork(plan, backend, sources, sink)
         self._plan = plan
-        self._backend = backend
         self._sink = sink
         self._commit = commit
         self._progress = progress
@@ -89,17 +88,7 @@ class Engine:
         self._again = self._measuring = False
         self._stop = threading.Event()
         self._idle = threading.Event()
-        self._slots = [self._new_slot() for _ in range(plan.tiling.workers)]
-
-    def _new_slot(self) -> Slot:
-        plan = self._plan
-        return self._backend.slot(
-            plan.tiling,
-            in_itemsize=plan.needs.in_itemsize,
-            out_itemsize=plan.needs.out_itemsize,
-            ingredients=len(plan.checkpoints),
-            staged=plan.staged,
-        )
+        self._slots = [backend.slot(plan.tiling, plan.needs) for _ in range(plan.tiling.workers)]
 
     def resume(self, records: Iterable[TileRecord]) -> dict[int, list[tuple[int, int]]]:
         """Take in what an earlier run finished; returns it by tensor, as `Plan.tiles` wants it."""

@@ -13,6 +13,7 @@
     ├── ChangedIngredientError (ValueError)  an ingredient is no longer what it was
     ├── NonFiniteError (ArithmeticError)     NaN or infinity in an ingredient or in the soup
     ├── BudgetError (MemoryError)            the byte budget is too small for any plan
+    ├── DeviceMemoryError (MemoryError)      a device has too little memory left for a tile
     ├── DestinationError (OSError)           the output cannot go where it was sent
     │   └── DiskSpaceError
     ├── IngredientReadError (OSError)        reading an ingredient failed
@@ -116,6 +117,23 @@ class BudgetError(StreamsoupError, MemoryError):
     def __init__(self, message: str, *, least_bytes: int) -> None:
         super().__init__(message)
         self.least_bytes = least_bytes
+
+
+class DeviceMemoryError(StreamsoupError, MemoryError):
+    """A device has too little memory left for a tile.
+
+    Parameters
+    ----------
+    message : str
+    device : str
+    wanted_bytes : int
+        What could not be had.
+    """
+
+    def __init__(self, message: str, *, device: str, wanted_bytes: int) -> None:
+        super().__init__(message)
+        self.device = device
+        self.wanted_bytes = wanted_bytes
 
 
 class DestinationError(StreamsoupError, OSError):

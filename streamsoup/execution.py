@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamsoup.devices import check_device_budget
 from streamsoup.errors import RecipeError
 from streamsoup.outcome import Progress
 
@@ -23,9 +24,11 @@ class Execution:
     budget_bytes : int or None
         What the engine may own; None: a quarter of what is free, at most 2 GiB.
     device : str
-        ``cpu``, ``cuda`` or ``cuda:N``.
+        ``cpu``, ``cuda``, ``cuda:N``, several as in ``cuda:0,cuda:1``, or ``all`` that CUDA has.
+    device_budget_bytes : int or None
+        What may be taken of each device's own memory; None: half of what is free there.
     workers : int or None
-        Threads; None: the cores, or more where the disk is waited for.
+        Threads; None: the cores, or more where the disk is waited for; on devices four for each.
     read_mode : {"auto", "map", "ahead", "plain"}
     overwrite : bool
         Replace a soup that stands at the destination.
@@ -46,6 +49,7 @@ class Execution:
 
     budget_bytes: int | None = None
     device: str = "cpu"
+    device_budget_bytes: int | None = None
     workers: int | None = None
     read_mode: str = "auto"
     overwrite: bool = False
@@ -59,6 +63,7 @@ class Execution:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise RecipeError(f"workers: {self.workers} threads, but at least one is needed.")
+        check_device_budget(self.device, self.device_budget_bytes)
 
 
 @dataclass(frozen=True, slots=True)

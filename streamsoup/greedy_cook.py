@@ -178,8 +178,9 @@ def resume_greedy(
     score, before_score, on_trial, on_score, progress
         As in `cook_greedy`; callables must be given again.
     **changes
-        Options that decide nothing may differ from the interrupted run's: ``budget_bytes``, ``device``, ``workers``,
-        ``read_mode``, ``nonfinite``, ``timeout_seconds``, ``candidates``, ``overwrite``, ``jobs``.
+        Options that decide nothing may differ from the interrupted run's: ``budget_bytes``, ``device``,
+        ``device_budget_bytes``, ``workers``, ``read_mode``, ``nonfinite``, ``timeout_seconds``, ``candidates``,
+        ``overwrite``, ``jobs``.
 
     Raises
     ------

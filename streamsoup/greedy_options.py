@@ -15,7 +15,7 @@ from streamsoup.rules import Rule
 _OF_JOB = ("own_scores", "metric", "also", "timeout_seconds", "candidates", "overwrite", "jobs")
 # What decides nothing, and may differ when a run goes on.
 _MAY_CHANGE = {"timeout_seconds", "candidates", "overwrite", "jobs"}
-_MAY_CHANGE_OF_POOL = {"budget_bytes", "device", "workers", "read_mode", "nonfinite"}
+_MAY_CHANGE_OF_POOL = {"budget_bytes", "device", "device_budget_bytes", "workers", "read_mode", "nonfinite"}
 
 
 def make_job(
@@ -73,4 +73,6 @@ def change_job(job: GreedyJob, changes: Mapping[str, Any]) -> GreedyJob:
     if unknown := sorted(given.keys() - _MAY_CHANGE - _MAY_CHANGE_OF_POOL):
         raise RecipeError(f"{unknown[0]}: cannot be changed when a greedy soup goes on. Begin anew in another folder.")
     pool = {name: given.pop(name) for name in _MAY_CHANGE_OF_POOL & given.keys()}
+    if pool.get("device") == "cpu":  # what bounded a GPU before means nothing there
+        pool.setdefault("device_budget_bytes", None)
     return replace(job, pool=replace(job.pool, **pool), **given)

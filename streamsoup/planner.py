@@ -22,7 +22,7 @@ from streamsoup.methods import Method
 from streamsoup.methods.protocol import TensorInfo
 from streamsoup.plan import MOST_MEASURED, Plan
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
-from streamsoup.tiling import BLOCK_ELEMENTS, TileNeeds, choose_tiling, piece_bytes, row_unit
+from streamsoup.tiling import BLOCK_ELEMENTS, READERS, TileNeeds, choose_tiling, piece_bytes, row_unit
 
 _WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
@@ -42,6 +42,9 @@ def make_plan(
     workers: int,
     staged: bool,
     ahead: bool = False,
+    locked: bool = False,
+    readers: int = READERS,
+    engines: int = 1,
     reserved_bytes: int = 0,
     buffer_itemsize: int = 0,
     touched: Sequence[tuple[str, int]] = (),
@@ -71,6 +74,12 @@ def make_plan(
         Whether ingredients are read into buffers.
     ahead : bool
         Whether what is mapped is read ahead.
+    locked : bool
+        Whether a device reads the buffers.
+    readers : int
+        Most threads that bring bytes into buffers.
+    engines : int
+        Engines that use a device at the same time.
     reserved_bytes : int
         What of the budget is taken already.
     buffer_itemsize : int
@@ -111,6 +120,10 @@ def make_plan(
         whole_tensors=method.sweeps > 1,
         least_elements=_least_elements(method, table, out_dtypes),
         groupable=not wide and method.fixed,
+        wide=wide,
+        locked=locked,
+        readers=readers,
+        engines=engines,
     )
     tiling = choose_tiling(needs, budget_bytes=budget_bytes, workers=workers)
     plan = Plan(

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
-from streamsoup.budget import default_budget_bytes, worker_count
+from streamsoup.budget import default_budget_bytes
 from streamsoup.checkpoints import Checkpoint, arranged_like, open_checkpoints
+from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine
 from streamsoup.errors import RecipeError
@@ -53,15 +54,17 @@ class PoolOptions:
     sums: str = "auto"
     budget_bytes: int | None = None
     device: str = "cpu"
+    device_budget_bytes: int | None = None
     workers: int | None = None
     read_mode: str = "auto"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise RecipeError(f"workers: {self.workers} threads, but at least one is needed.")
-        for name in ("budget_bytes", "shard_bytes"):
+        for name in ("budget_bytes", "device_budget_bytes", "shard_bytes"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(value))
+        check_device_budget(self.device, self.device_budget_bytes)
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Pool:
             raise RecipeError(f"sums dtype {self.options.sums_dtype!r} is not one of {', '.join(SUM_DTYPES)}.")
         if self.options.sums not in SUM_PLACES:
             raise RecipeError(f"sums: {self.options.sums!r} is not one of {', '.join(SUM_PLACES)}.")
-        self.backend: Backend = open_backend(self.options.device)
+        self.backend: Backend = open_backend(self.options.device, self.options.device_budget_bytes)
         opened = open_checkpoints(self.paths)
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.
         self.checkpoints: dict[str, Checkpoint] = {
@@ -179,18 +182,21 @@ class Pool:
         to_sum: bool = False,
         reserved_bytes: int = 0,
         buffer_itemsize: int = 0,
+        engines: int = 1,
     ) -> Plan:
         """Plan a combination of checkpoints (or of a running sum and checkpoints) into a soup or into a sum.
 
-        `reserved_bytes`, `buffer_itemsize`: what of the budget a running sum takes, and its buffers; see `TileNeeds`.
+        `reserved_bytes`, `buffer_itemsize`: what of the budget a running sum takes, and its buffers; `engines`: how
+        many use a device at the same time; see `TileNeeds`.
         """
         out_dtypes = self.sum_dtypes if to_sum else self.out_dtypes
         method = Linear("linear", numbers)
-        return self._plan(checkpoints, method, out_dtypes, self.layout, reserved_bytes, buffer_itemsize)
+        return self._plan(checkpoints, method, out_dtypes, self.layout, reserved_bytes, buffer_itemsize, engines)
 
-    def plan_to_measure(self, checkpoints: Sequence[Checkpoint], *, reserved_bytes: int = 0) -> Plan:
+    def plan_to_measure(self, checkpoints: Sequence[Checkpoint], *, reserved_bytes: int = 0, engines: int = 1) -> Plan:
         """Plan to measure checkpoints (or something held, and checkpoints), and combine nothing."""
-        return self._plan(checkpoints, Looking(len(checkpoints)), self.out_dtypes, self.layout, reserved_bytes)
+        method = Looking(len(checkpoints))
+        return self._plan(checkpoints, method, self.out_dtypes, self.layout, reserved_bytes, engines=engines)
 
     def _plan(
         self,
@@ -200,6 +206,7 @@ class Pool:
         layout: Layout | None = None,
         reserved_bytes: int = 0,
         buffer_itemsize: int = 0,
+        engines: int = 1,
     ) -> Plan:
         options = self.options
         return make_plan(
@@ -210,11 +217,10 @@ class Pool:
             out_dtypes=out_dtypes,
             layout=layout,
             budget_bytes=self.budget_bytes,
-            workers=worker_count(options.workers, self.mode, tensor_bytes=tensor_bytes(checkpoints)),
-            staged=self.mode == "plain" or options.device != "cpu",
-            ahead=self.mode == "ahead",
             reserved_bytes=reserved_bytes,
             buffer_itemsize=buffer_itemsize,
+            engines=engines,
+            **choose_means(options.device, self.mode, options.workers, tensor_bytes=tensor_bytes(checkpoints)),
         )
 
     def prepare(self, *, measured: bool = False) -> None:

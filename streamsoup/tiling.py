@@ -75,6 +75,15 @@ class TileNeeds:
     groupable : bool
         Whether ingredients may go through in groups. Double-double sums may not: between groups they would be kept
         unscaled, and what overflows or underflows there would be lost.
+    wide : bool
+        Whether some sums are double-double.
+    locked : bool
+        Whether a device reads the buffers: they are page-locked, their sizes powers of two, and partial sums stay
+        on the device.
+    readers : int
+        Threads that bring bytes into buffers, where there are several slots.
+    engines : int
+        Engines that use a device at the same time.
     """
 
     ingredients: int
@@ -89,6 +98,10 @@ class TileNeeds:
     least_elements: int = 0
     whole_tensors: bool = False
     groupable: bool = True
+    wide: bool = False
+    locked: bool = False
+    readers: int = READERS
+    engines: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +140,23 @@ class Tiling:
         return self.reserved_bytes + FIXED_BYTES + threads + self.workers * self.slot_bytes
 
 
+def locked_bytes(nbytes: int) -> int:
+    """Bytes of a page-locked buffer: torch's allocator rounds them up to a power of two, and to whole pages."""
+    return 1 << max(12, (nbytes - 1).bit_length())
+
+
+def found_bytes(ingredients: int) -> int:
+    """Bytes of what a device finds out about a tile: two numbers for each ingredient, and one of the result."""
+    return 8 * (2 * ingredients + 1)
+
+
 def slot_bytes(needs: TileNeeds, tile_elements: int, group: int) -> int:
     """Bytes of one slot: staged ingredients, the output tile, a source's buffer, partial sums between groups."""
+    if needs.locked:
+        tiles = group * locked_bytes(tile_elements * needs.in_itemsize) + locked_bytes(
+            tile_elements * needs.out_itemsize
+        )
+        return tiles + locked_bytes(found_bytes(needs.ingredients)) + needs.held_bytes
     staged = group * needs.in_itemsize if needs.staged else 0
     partial = PARTIAL_ITEMSIZE if group < needs.ingredients else 0
     return tile_elements * (staged + needs.out_itemsize + partial + needs.buffer_itemsize) + needs.held_bytes
@@ -190,7 +218,7 @@ def _last_resorts(needs: TileNeeds) -> list[tuple[int, int]]:
 
 def _fit(needs: TileNeeds, tile_elements: int, group: int, workers: int) -> Tiling:
     # With one worker and one slot there is little to read ahead of: a small budget is better spent on the slot.
-    readers = READERS if needs.staged and workers > 1 else 0
+    readers = needs.readers if needs.staged and workers > 1 else 0
     loaders = LOADERS if needs.ahead and workers > 1 else 0
     slot = slot_bytes(needs, tile_elements, group)
     return Tiling(workers, tile_elements, group, slot, readers, loaders, needs.reserved_bytes)

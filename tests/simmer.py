@@ -60,6 +60,7 @@ def plan_for(
     workers: int = 2,
     staged: bool = False,
     ahead: bool = False,
+    locked: bool = False,
 ) -> Plan:
     """Make a plan, and put a tiling of our own into it."""
     weights = [1.0] * len(paths) if weights is None else weights
@@ -72,6 +73,7 @@ def plan_for(
         workers=workers,
         staged=staged,
         ahead=ahead,
+        locked=locked,
     )
     # Double-double sums never go in groups: see `TileNeeds`.
     group = min(group, len(paths)) if group and plan.needs.groupable else len(paths)
@@ -97,12 +99,14 @@ def simmer(
     *,
     device: str = "cpu",
     read_mode: str = "map",
+    device_budget_bytes: int | None = None,
     **sizes: object,
 ) -> tuple[dict[str, np.ndarray], Outcome]:
     """Soup checkpoints into memory; return the tensors and what was found."""
     staged = read_mode == "plain" or device != "cpu"
-    plan = plan_for(paths, weights, staged=staged, ahead=read_mode == "ahead", **sizes)  # type: ignore[arg-type]
-    backend = open_backend(device)
+    how = {"staged": staged, "ahead": read_mode == "ahead", "locked": device != "cpu"}
+    plan = plan_for(paths, weights, **how, **sizes)  # type: ignore[arg-type]
+    backend = open_backend(device, device_budget_bytes)
     dtypes = {FORMAT_DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
     dtypes |= {FORMAT_DTYPES[i] for i in set(plan.out_dtypes.tolist())}
     backend.prepare(wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes))

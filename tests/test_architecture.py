@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
     _version errors units dtypes kernels maps open_files threads labels layers strict_yaml ranks
-    files recipe checkpoints methods measurement asked tiling budget journal score rules
+    files recipe checkpoints methods measurement asked tiling device_share budget devices journal score rules
     align layout plan planner manifest mergekit_settings from_mergekit_config
     windows read write backends companions outcome
     tile_queue tile_work engine sinks merging

@@ -12,13 +12,14 @@ import numpy.typing as npt
 from streamsoup.backends import merging
 from streamsoup.backends.protocol import Blend, Combined, Finished, Portion, Token
 from streamsoup.backends.tracing import Program, trace
+from streamsoup.device_share import DeviceShare
 from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
 from streamsoup.kernels.vector_machine import Stretch
 from streamsoup.maps import address_of
 from streamsoup.measurement import Part, SurveyPart
 from streamsoup.methods.protocol import Elementwise
-from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, Tiling
+from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, TileNeeds, Tiling
 
 
 class CpuSlot:
@@ -30,19 +31,11 @@ class CpuSlot:
     tenth of the speed of the second.
     """
 
-    def __init__(
-        self,
-        tiling: Tiling,
-        *,
-        in_itemsize: int,
-        out_itemsize: int,
-        ingredients: int,
-        staged: bool,
-    ) -> None:
-        tile = tiling.tile_elements
-        stride = tile * in_itemsize
-        self._staging = [np.empty(stride, np.uint8) for _ in range(tiling.group)] if staged else None
-        self._output = np.empty(tile * out_itemsize, np.uint8)
+    def __init__(self, tiling: Tiling, needs: TileNeeds) -> None:
+        tile, ingredients = tiling.tile_elements, needs.ingredients
+        stride = tile * needs.in_itemsize
+        self._staging = [np.empty(stride, np.uint8) for _ in range(tiling.group)] if needs.staged else None
+        self._output = np.empty(tile * needs.out_itemsize, np.uint8)
         grouped = tiling.group < ingredients
         self._partial = np.empty(tile * PARTIAL_ITEMSIZE, np.uint8) if grouped else None
         self._digests = np.zeros(ingredients, np.uint64)
@@ -268,19 +261,17 @@ class CpuBackend:
                 is_wide,
             )
             tiling = Tiling(1, 1, 1, 0)
-            slot = CpuSlot(tiling, in_itemsize=8, out_itemsize=8, ingredients=1, staged=False)
+            slot = CpuSlot(tiling, TileNeeds(1, 8, 8, staged=False, largest_elements=1))
             slot.combine([one.ctypes.data], blend, 0, 1, 0)
         kernels.digest(one.ctypes.data, 8, 8, 0)
 
-    def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> CpuSlot:
+    def shares(self, tiling: Tiling, needs: TileNeeds) -> tuple[DeviceShare, ...]:
         """See `Backend`."""
-        return CpuSlot(
-            tiling,
-            in_itemsize=in_itemsize,
-            out_itemsize=out_itemsize,
-            ingredients=ingredients,
-            staged=staged,
-        )
+        return ()
+
+    def slot(self, tiling: Tiling, needs: TileNeeds) -> CpuSlot:
+        """See `Backend`."""
+        return CpuSlot(tiling, needs)
 
     def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
         """See `Backend`."""

@@ -2,7 +2,7 @@
 
 A backend owns its tile slots: buffers that it allocated once, in memory that it likes (pageable, page-locked).
 A worker brings a group of ingredients into a slot, has them combined, and gets a token, on which it waits for the
-result. The CPU answers at once.
+result. The CPU answers at once; a GPU works on several slots meanwhile.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from streamsoup.device_share import DeviceShare
 from streamsoup.measurement import Part
 from streamsoup.methods.protocol import Elementwise, TensorInfo
-from streamsoup.tiling import Tiling
+from streamsoup.tiling import TileNeeds, Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +163,22 @@ class Backend(Protocol):
         """Import and compile what a run will need, so that its memory and time are not counted in the run."""
         ...
 
-    def slot(self, tiling: Tiling, *, in_itemsize: int, out_itemsize: int, ingredients: int, staged: bool) -> Slot:
-        """Allocate a slot."""
+    def shares(self, tiling: Tiling, needs: TileNeeds) -> tuple[DeviceShare, ...]:
+        """Say what slots will take of each device's memory; nothing, where they have the host's.
+
+        Raises
+        ------
+        DeviceMemoryError
+        """
+        ...
+
+    def slot(self, tiling: Tiling, needs: TileNeeds) -> Slot:
+        """Allocate a slot.
+
+        Raises
+        ------
+        DeviceMemoryError
+        """
         ...
 
     def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:

@@ -40,8 +40,8 @@ def refuse_options(args: argparse.Namespace) -> None:
     """Refuse what means nothing without ``--compare``."""
     from streamsoup.cli.guard import UsageError
 
-    for name in ("base", "html", "budget", "device", "threads", "read"):
-        if getattr(args, name) is not None:
+    for name in ("base", "html", "budget", "device", "device-budget", "threads", "read"):
+        if getattr(args, name.replace("-", "_")) is not None:
             raise UsageError(f"--{name} belongs to --compare. Give both, or neither.")
 
 
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             args.base,
             budget_bytes=args.budget,
             device=args.device or "cpu",
+            device_budget_bytes=args.device_budget,
             workers=args.threads,
             read_mode=args.read or "auto",
             progress=step,

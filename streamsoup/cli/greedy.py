@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
 
 # What may be given with --resume: it changes nothing that is decided.
 _WITH_RESUME = {
-    *("budget", "candidates", "device", "jobs", "nonfinite", "overwrite", "read", "score_timeout", "threads"),
+    *("budget", "candidates", "device", "device_budget", "jobs", "nonfinite", "overwrite", "read"),
+    *("score_timeout", "threads"),
     *("command", "resume", "plot", "json", "quiet", "debug", "run", "guarded", "on_death"),
 }
 
@@ -155,6 +156,7 @@ def _making_options(args: argparse.Namespace) -> dict[str, Any]:
         "candidates": args.candidates and os.path.abspath(args.candidates),
         "device": args.device,
         "jobs": args.jobs,
+        "device_budget_bytes": args.device_budget and parse_bytes(args.device_budget),
         "nonfinite": args.nonfinite,
         "overwrite": args.overwrite or None,
         "read_mode": args.read,

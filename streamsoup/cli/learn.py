@@ -180,6 +180,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "nonfinite": args.nonfinite,
         "budget_bytes": args.budget and parse_bytes(args.budget),
         "device": args.device,
+        "device_budget_bytes": args.device_budget and parse_bytes(args.device_budget),
         "workers": args.threads,
         "read_mode": args.read,
     }

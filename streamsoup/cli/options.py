@@ -26,7 +26,10 @@ def add_running_options(group: Any) -> None:
     group.add_argument(
         "--budget", metavar="SIZE", help="memory to own (default: a quarter of what is free, at most 2GiB)"
     )
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
+    group.add_argument("--device", help="cpu, cuda, cuda:N, several as in cuda:0,cuda:1, or all (default: cpu)")
+    group.add_argument(
+        "--device-budget", metavar="SIZE", help="memory of each GPU to use (default: half of what is free there)"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
     group.add_argument(
         "--read",

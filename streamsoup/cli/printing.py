@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ from streamsoup.methods.catalogue import METHODS
 from streamsoup.units import format_binary, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from streamsoup.execution import Execution, SoupResult
+    from streamsoup.device_share import DeviceShare
+    from streamsoup.execution import SoupResult
     from streamsoup.plan import Plan
     from streamsoup.recipe import Ingredient, Recipe
 
 
-def print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, args: argparse.Namespace) -> None:
-    """Print what would be done."""
+def print_plan(
+    plan: Plan, recipe: Recipe, mode: str, shares: Sequence[DeviceShare], device: str, args: argparse.Namespace
+) -> None:
+    """Print what would be done; `shares`: what it takes of each device's memory."""
     copied = sum(not plan.is_averaged(t) for t in range(len(plan.table)))
     tiling = plan.tiling
     facts: dict[str, Any] = {
@@ -40,7 +44,8 @@ def print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, args
         "metadata_bytes": plan.metadata_bytes,
         "budget_bytes": plan.budget_bytes,
         "read_mode": mode,
-        "device": execution.device,
+        "device": device,
+        "devices": [share.to_json() for share in shares],
     }
     if args.json:
         print(json.dumps(facts))
@@ -64,14 +69,22 @@ def print_plan(plan: Plan, recipe: Recipe, mode: str, execution: Execution, args
         ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
         (
             "tile",
-            f"{tiling.tile_elements:,} elements{groups}, {tiling.workers} thread(s) on {execution.device}",
+            f"{tiling.tile_elements:,} elements{groups}, {tiling.workers} thread(s) on {device}",
         ),
+        *[("device", _on_device(share)) for share in shares],
         ("budget", format_binary(plan.budget_bytes)),
         ("peak memory", f"{format_binary(plan.projected_peak_bytes)} projected"),
         ("plan", f"{format_binary(plan.metadata_bytes)} for names, places and digests"),
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")
+
+
+def _on_device(share: DeviceShare) -> str:
+    return (
+        f"{share.device}: pieces of {share.piece_elements:,} elements, {share.slots} at a time; "
+        f"{format_binary(share.peak_bytes)} of its memory projected, {format_binary(share.budget_bytes)} allowed"
+    )
 
 
 def _role(recipe: Recipe, ingredient: Ingredient) -> str:

@@ -16,7 +16,9 @@ from streamsoup.cli.printing import print_plan, print_result
 from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
+    from streamsoup.device_share import DeviceShare
     from streamsoup.execution import Execution, SoupResult
+    from streamsoup.plan import Plan
     from streamsoup.recipe import Recipe
 
 _EXAMPLES = """\
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             recipe = args.recipe_of(args)
             if args.dry_run:
                 plan, mode = plan_soup(recipe, args.output, execution)
-                print_plan(plan, recipe, mode, execution, args)
+                print_plan(plan, recipe, mode, _shares(plan, execution), execution.device, args)
                 return 0
             if not args.output:
                 raise UsageError("Say where the soup goes: -o FOLDER or -o FILE.safetensors.")
@@ -158,6 +160,15 @@ def run(args: argparse.Namespace) -> int:
     if not other:
         print_result(result, args)
     return 0
+
+
+def _shares(plan: Plan, execution: Execution) -> tuple[DeviceShare, ...]:
+    """Ask devices what they have; the CPU's backend would only be imported for nothing."""
+    if execution.device == "cpu":
+        return ()
+    from streamsoup.backends import open_backend
+
+    return open_backend(execution.device, execution.device_budget_bytes).shares(plan.tiling, plan.needs)
 
 
 def _sweep(recipe: Recipe, execution: Execution, args: argparse.Namespace) -> SoupResult:
@@ -211,6 +222,7 @@ def _execution(args: argparse.Namespace, progress: Any, *, distributed: bool) ->
     return Execution(
         budget_bytes=None if args.budget is None else parse_bytes(args.budget),
         device=args.device or "cpu",
+        device_budget_bytes=None if args.device_budget is None else parse_bytes(args.device_budget),
         workers=args.threads,
         read_mode=args.read or "auto",
         overwrite=args.overwrite,

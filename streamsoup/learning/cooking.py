@@ -106,8 +106,8 @@ def learn(
         True), ``lr`` (0.1) and ``weight_decay`` (0) of an optimiser by name, ``epochs`` (3), ``accumulate`` (batches
         to a step, 1), ``seed`` (0), ``patience`` (epochs without a lower held-out loss, after which to stop); and of
         `PoolOptions`
-        ``dtype``, ``budget_bytes``, ``device``, ``workers``, ``read_mode``, ``buffers``, ``nonfinite``,
-        ``shard_bytes``.
+        ``dtype``, ``budget_bytes``, ``device``, ``device_budget_bytes``, ``workers``, ``read_mode``, ``buffers``,
+        ``nonfinite``, ``shard_bytes``.
 
     Returns
     -------

@@ -17,7 +17,10 @@ from streamsoup.pool import PoolOptions
 from streamsoup.recipe import read_recipe
 
 Init = str | Path | GreedyResult | Mapping[str, float] | Sequence[float]
-_OF_POOL = ("dtype", "shard_bytes", "buffers", "nonfinite", "budget_bytes", "device", "workers", "read_mode")
+_OF_POOL = (
+    *("dtype", "shard_bytes", "buffers", "nonfinite"),
+    *("budget_bytes", "device", "device_budget_bytes", "workers", "read_mode"),
+)
 _OF_JOB = ("parametrisation", "temperature", "lr", "weight_decay", "epochs", "accumulate", "seed", "patience")
 
 

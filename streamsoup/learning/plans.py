@@ -83,7 +83,7 @@ def make_plans(job: LearnJob, pool: Pool) -> Plans:
     """
     widest = np.where(pool.averaged, np.uint8(BY_NAME["F64"].index), pool.out_dtypes).astype(np.uint8)
     start = Coefficients(tuple(job.start.tolist()))
-    forming = pool.plan(list(pool.checkpoints.values()), start, reserved_bytes=_reserved_bytes(pool))
+    forming = pool.plan(list(pool.checkpoints.values()), start, reserved_bytes=_reserved_bytes(pool), engines=2)
     return Plans(forming, plan_to_measure(pool, held_like(pool.first, widest, "the gradient")))
 
 
@@ -94,7 +94,8 @@ def plan_to_measure(pool: Pool, gradient: HeldCheckpoint) -> Plan:
     ------
     BudgetError
     """
-    return pool.plan_to_measure([*pool.checkpoints.values(), gradient], reserved_bytes=_reserved_bytes(pool))
+    both = [*pool.checkpoints.values(), gradient]
+    return pool.plan_to_measure(both, reserved_bytes=_reserved_bytes(pool), engines=2)
 
 
 def _reserved_bytes(pool: Pool) -> int:

@@ -86,6 +86,7 @@ class Publisher:
         execution = Execution(
             budget_bytes=pool.budget_bytes,
             device=options.device,
+            device_budget_bytes=options.device_budget_bytes,
             workers=options.workers,
             read_mode=options.read_mode,
             overwrite=self.overwrite,

@@ -31,7 +31,7 @@ STATE_FORMAT = 2
 _JOB = "learn.json"
 _STATE = "state.safetensors"
 _STEPS = "steps.jsonl"
-_CHANGES_NOTHING = ("budget_bytes", "device", "workers", "read_mode", "sums", "sums_dtype")
+_CHANGES_NOTHING = ("budget_bytes", "device", "device_budget_bytes", "workers", "read_mode", "sums", "sums_dtype")
 
 
 @dataclass
