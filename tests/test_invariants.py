@@ -56,6 +56,12 @@ def _small_tiles(monkeypatch):
 
 
 WAYS = list(itertools.product(["map", "ahead", "plain"], [1, 2, 4], ["cpu", "torch:cpu"]))
+WAYS += [("map", 4, "torch:cpu,torch:cpu"), ("ahead", 3, "torch:cpu,torch:cpu,torch:cpu")]
+
+
+def device_options(device):
+    """Several devices, each with memory for a block of each of its slots and little more."""
+    return {"device": device, "device_budget_bytes": "1MiB" if "," in device else None}
 
 
 @pytest.mark.parametrize(("read_mode", "workers", "device"), WAYS)
@@ -66,9 +72,9 @@ def test_soup(tmp_path, runs, read_mode, workers, device):
         tmp_path / "soup",
         read_mode=read_mode,
         workers=workers,
-        device=device,
         budget_bytes=BUDGET,
         shard_size="1MB",
+        **device_options(device),
     )
     assert same(tensors_of(tmp_path / "soup"), reference)
 
@@ -87,7 +93,7 @@ class Live(torch.nn.Module):
 def test_sums_and_candidates(tmp_path, runs, read_mode, workers, device, place):
     paths, reference = runs
     folder = tmp_path / "sums" if place == "folder" else None
-    options = {"read_mode": read_mode, "workers": workers, "device": device, "budget_bytes": BUDGET}
+    options = {"read_mode": read_mode, "workers": workers, "budget_bytes": BUDGET, **device_options(device)}
     with streamsoup.RunningSoup(paths, folder=folder, **options) as running:
         for path in paths[:-1]:
             running.add(path)

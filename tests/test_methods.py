@@ -183,7 +183,7 @@ EVERY_RULE = {
 }
 WAYS = [
     ("map", 1, "cpu", 64), ("map", 3, "cpu", 8), ("ahead", 2, "cpu", 8), ("plain", 2, "cpu", 16),
-    ("map", 1, "torch:cpu", 8), ("plain", 2, "torch:cpu", 64),
+    ("map", 1, "torch:cpu", 8), ("plain", 2, "torch:cpu", 64), ("map", 2, "torch:cpu,torch:cpu", 64),
 ]  # fmt: skip
 
 
@@ -200,6 +200,7 @@ def test_bits_do_not_depend_on_tiles_threads_reading_or_device(tmp_path, runs, m
                 tmp_path, paths[1 : 1 + count], f"way{number}", method=method, dtype="float32",
                 base=None if method in ("karcher", "geometric_median") else paths[0], parameters=EVERY_RULE[rule],
                 read_mode=mode, workers=workers, device=device,
+                device_budget_bytes="24MiB" if "," in device else None,
             )  # fmt: skip
         found.append({name: soup[name].tobytes() for name in SHAPES})
     assert all(soup == found[0] for soup in found)

@@ -4,8 +4,11 @@ from exact import DTYPES, NAMES, random_finite, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamsoup.backends.cuda import TorchBackend
+from streamsoup.backends.protocol import Blend
 from streamsoup.kernels import combine as compiled
 from streamsoup.kernels.codes import BLOCK, F64, ITEMSIZE, PAIR
+from streamsoup.tiling import TileNeeds, Tiling, slot_bytes
 
 lengths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, BLOCK - 1, BLOCK, BLOCK + 1, 5000]))
 
@@ -99,3 +102,50 @@ def test_tiles_of_any_size_give_the_same_bits_and_digests():
         ]  # fmt: skip
         np.testing.assert_array_equal(np.concatenate([p.out for p in parts]), whole.out)
         assert [sum(d) % 2**64 for d in zip(*[p.digests for p in parts], strict=True)] == whole.digests
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    codes=st.lists(st.integers(0, 7), min_size=1, max_size=9),
+    out_code=st.integers(0, 7),
+    elements=st.one_of(st.sampled_from([1, BLOCK, BLOCK + 1, 5 * BLOCK]), st.integers(1, 6 * BLOCK)),
+    budget=st.integers(1 << 20, 1 << 22),
+    group=st.integers(1, 9),
+    first_block=st.integers(0, 2**40),
+    devices=st.integers(1, 2),
+)
+def test_a_slot_of_a_device_has_the_bits_of_one_call(
+    seed, codes, out_code, elements, budget, group, first_block, devices
+):
+    """In pieces, in groups, and in a slot that was used before."""
+    rng = np.random.default_rng(seed)
+    wide = out_code == F64 or F64 in codes
+    group = len(codes) if wide else min(group, len(codes))
+    arrays = [rng.integers(0, 256, elements * ITEMSIZE[c], dtype=np.uint8).view(DTYPES[c]) for c in codes]
+    weights, divisor = rng.standard_normal(len(codes)).tolist(), 0.7
+    hashed = rng.integers(0, 2, len(codes))
+    tile = -(-elements // BLOCK) * BLOCK
+    needs = TileNeeds(len(codes), 8, 8, staged=True, largest_elements=elements, wide=wide, locked=True)
+    tiling = Tiling(devices, tile, group, slot_bytes(needs, tile, group))
+    backend = TorchBackend(["cpu"] * devices, 8 * budget)
+    slots = [backend.slot(tiling, needs) for _ in range(devices)]
+    blend = Blend(
+        np.array(codes, np.uint8), tuple(ITEMSIZE[c] for c in codes), np.array(weights), (divisor, 0.0),
+        hashed.astype(np.uint8), out_code, ITEMSIZE[out_code], wide,
+    )  # fmt: skip
+    low = 0.0 if wide else None
+    options = {"low": low, "first_block": first_block, "hashed": hashed.astype(bool).tolist()}
+    expected = run("numba", arrays, codes, weights, divisor, out_code, **options)
+    for slot in [*slots, slots[0]]:
+        token = None
+        for first in range(0, len(codes), group):
+            part = arrays[first : first + group]
+            for index, array in enumerate(part):
+                slot.staging(index, array.nbytes)[:] = array.tobytes()
+            token = slot.combine([0] * len(part), blend, first, elements, first_block)
+        found = token.result()
+        np.testing.assert_array_equal(np.frombuffer(found.output, np.uint8), expected.out)
+        assert found.digests.tolist() == expected.digests
+        if group == len(codes):  # what overflows on the way is found in the group that it belongs to
+            assert (found.nonfinite.tolist(), found.overflowed) == expected[2:]
