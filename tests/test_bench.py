@@ -30,6 +30,7 @@ def _small(monkeypatch):
     monkeypatch.setattr("streamsoup.bench.run.last_level_cache_bytes", lambda: 1 << 10)
     monkeypatch.setattr("streamsoup.bench.run._LEAST_ARRAY_BYTES", 1 << 16)
     monkeypatch.setattr("streamsoup.bench.run._WRITE_BYTES", 3 << 20)
+    monkeypatch.setattr("streamsoup.bench.run._DEVICE_BYTES", 3 << 20)
 
 
 def snapshot(folder):
@@ -115,6 +116,53 @@ def test_a_report_hangs_together_and_nothing_is_left(tmp_path):
             assert stage.share == pytest.approx(stage.gb_per_s / by_name[stage.ceiling])
     assert engine.cache.startswith("warm")
     assert json.loads(json.dumps(report.to_json()))["engine"]["result_hash"] == engine.result_hash
+
+
+@pytest.mark.parametrize("device", ["torch:cpu", "torch:cpu,torch:cpu"])
+def test_a_device_is_measured_against_the_way_to_it_and_its_memory(tmp_path, device):
+    options = BenchOptions(
+        preset="tiny", ingredients=2, folder=str(tmp_path), device=device, device_budget_bytes=1 << 25
+    )
+    report = run_bench(options)
+    by_name = {ceiling.name: ceiling.gb_per_s.median for ceiling in report.ceilings}
+    assert {"host to device", "device to host", "device memory"} <= by_name.keys()
+    figures, engine = report.device, report.engine
+    assert figures.host_to_device_share == pytest.approx(engine.gb_per_s.median / by_name["host to device"])
+    assert figures.host_to_device_target == 0.9
+    assert figures.trial_share == pytest.approx(figures.trial_gb_per_s.median / by_name["device memory"])
+    over = {stage.name: stage.ceiling for stage in engine.stages}
+    assert (over["read"], over["reduce"]) == ("mapped read, warm", "host to device")
+    assert json.loads(json.dumps(report.to_json()))["device"]["trial_share"] == figures.trial_share
+
+
+def test_a_trial_on_a_device_has_the_bits_of_a_candidate():
+    import torch
+
+    from streamsoup.bench import device as on_device
+
+    made = []
+    real = on_device.combine_into
+
+    def noting(out, sources, group, first_block):
+        sources[0].copy_(torch.arange(len(sources[0]) // 8, dtype=torch.float64).view(torch.uint8))
+        sources[1].copy_(torch.full((len(sources[1]) // 2,), 3.0, dtype=torch.bfloat16).view(torch.uint8))
+        real(out, sources, group, first_block)
+        made.append(out.view(torch.bfloat16).double())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_device, "combine_into", noting)
+        assert len(on_device.trial_seconds("torch:cpu", 5000, 5)) == 5
+    assert torch.equal(made[0], ((torch.arange(5000, dtype=torch.float64) + 3) / 2).bfloat16().double())
+
+
+def test_the_command_prints_what_a_device_was_made_use_of(tmp_path, capfd):
+    arguments = ["bench", "--preset", "tiny", "--ingredients", "2", "--dir", str(tmp_path), "--device", "torch:cpu"]
+    assert main([*arguments, "--quiet"]) == 0
+    out, _ = capfd.readouterr()
+    for words in ("of host to device (target: 90% at least)", "greedy trial, resident", "of device memory"):
+        assert words in out
+    assert main([*arguments[:-2], "--device-budget", "1GiB"]) == 1
+    assert "the device is the cpu" in capfd.readouterr().err
 
 
 def test_checkpoints_of_ones_own_are_only_read_and_the_hash_is_that_of_their_soup(tmp_path):

@@ -182,33 +182,3 @@ def write_seconds(nbytes: int, threads: int, folder: Path) -> tuple[float, float
         began = time.perf_counter()
         os.fsync(file.fileno())
         return seconds, seconds + time.perf_counter() - began
-
-
-def device_seconds(device: str, nbytes: int, repeats: int) -> dict[str, list[float]]:
-    """Time copies to, from and on a GPU; ``device`` copies count bytes read and written.
-
-    Returns
-    -------
-    dict of ``host to device``, ``device to host``, ``device memory`` to list of seconds
-    """
-    import torch
-
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    other = torch.empty_like(there)
-
-    def timed(copy: Callable[[], object]) -> float:
-        torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        copy()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    ways: dict[str, Callable[[], object]] = {
-        "host to device": lambda: there.copy_(host, non_blocking=True),
-        "device to host": lambda: host.copy_(there, non_blocking=True),
-        "device memory": lambda: other.copy_(there),
-    }
-    for copy in ways.values():
-        timed(copy)
-    return {name: [timed(copy) for _ in range(repeats)] for name, copy in ways.items()}

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Ceilings that others are compared with.
+HOST_TO_DEVICE = "host to device"
+DEVICE_MEMORY = "device memory"
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -134,6 +138,28 @@ class EngineFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceFigures:
+    """What devices were made use of.
+
+    Attributes
+    ----------
+    host_to_device_share : float
+        Of that ceiling, by the engine's rate of ingredient bytes.
+    host_to_device_target : float or None
+        What that should be at least; None where the disk is read.
+    trial_gb_per_s : Spread
+        A greedy trial whose operands are resident: bytes that it reads and writes there.
+    trial_share : float
+        Of the devices' memory, copied from and to.
+    """
+
+    host_to_device_share: float
+    host_to_device_target: float | None
+    trial_gb_per_s: Spread
+    trial_share: float
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
     """Ceilings, and the engine against them.
 
@@ -147,6 +173,8 @@ class BenchReport:
     skipped : tuple of str
         Ceilings that could not be measured here, with the reason.
     engine : EngineFigures
+    device : DeviceFigures or None
+        None on the CPU.
     """
 
     when: str
@@ -155,6 +183,7 @@ class BenchReport:
     ceilings: tuple[Ceiling, ...]
     skipped: tuple[str, ...]
     engine: EngineFigures
+    device: DeviceFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -14,12 +14,13 @@ from pathlib import Path
 from streamsoup.bench import ceilings
 from streamsoup.bench.machine import drop, last_level_cache_bytes, machine_facts, warm
 from streamsoup.bench.presets import PRESETS
-from streamsoup.bench.report import BenchReport, Ceiling, EngineFigures, Spread, Stage
+from streamsoup.bench.report import HOST_TO_DEVICE, BenchReport, Ceiling, DeviceFigures, EngineFigures, Spread, Stage
 from streamsoup.bench.scratch import scratch_folder
 from streamsoup.bench.synthetic import checkpoint_bytes, make_checkpoints
 from streamsoup.budget import available_cores, default_budget_bytes, free_bytes
 from streamsoup.checkpoints import Checkpoint, open_checkpoints
 from streamsoup.cook import cook
+from streamsoup.devices import check_device_budget, device_names
 from streamsoup.errors import RecipeError, StreamsoupError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import require_space
@@ -31,6 +32,8 @@ from streamsoup.units import format_bytes
 _SAMPLE_BYTES = 2 << 30
 _WRITE_BYTES = 512 << 20
 _DEVICE_BYTES = 256 << 20
+# Of what page-locked memory gives to a device, where ingredients are in the page cache.
+_HOST_TO_DEVICE_TARGET = 0.9
 _LEAST_REPEATS = 5
 _LEAST_ARRAY_BYTES = 64 << 20
 _FORMULAS = {"copy": "c = a", "scale": "b = 3 c", "add": "c = a + b", "triad": "a = b + 3 c", "read": "sum of a"}
@@ -54,7 +57,7 @@ class BenchOptions:
         Where files are made; None: the system's place for temporary files.
     repeats : int
         At least 5.
-    budget_bytes, device, workers
+    budget_bytes, device, device_budget_bytes, workers
         See `Execution`.
     """
 
@@ -67,6 +70,7 @@ class BenchOptions:
     repeats: int = _LEAST_REPEATS
     budget_bytes: int | None = None
     device: str = "cpu"
+    device_budget_bytes: int | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +80,8 @@ class BenchOptions:
             raise RecipeError(f"ingredients: {self.ingredients}, but there must be one at least.")
         if not self.paths:
             checkpoint_bytes(self.preset, self.dtype)  # is there such a thing?
+        device_names(self.device)
+        check_device_budget(self.device, self.device_budget_bytes)
 
 
 def run_bench(options: BenchOptions, *, step: Callable[[str], None] = lambda text: None) -> BenchReport:
@@ -105,8 +111,10 @@ def run_bench(options: BenchOptions, *, step: Callable[[str], None] = lambda tex
         # Its memory is measured now: later it would find room that the arrays of the ceilings left in the process.
         peak = bench.soup().measured_peak_bytes
         found, skipped = bench.ceilings()
-        engine = bench.engine({ceiling.name: ceiling.gb_per_s.median for ceiling in found}, peak)
-    return BenchReport(when, machine, os.getloadavg()[0], tuple(found), tuple(skipped), engine)
+        best = {ceiling.name: ceiling.gb_per_s.median for ceiling in found}
+        engine = bench.engine(best, peak)
+        device = bench.device(best, engine)
+    return BenchReport(when, machine, os.getloadavg()[0], tuple(found), tuple(skipped), engine, device)
 
 
 def _checkpoints(options: BenchOptions, folder: Path, step: Callable[[str], None]) -> tuple[list[Checkpoint], str]:
@@ -161,12 +169,23 @@ class _Bench:
         found.append(Ceiling.of("disk write", f"{how}, synced", _WRITE_BYTES, [s for _, s in writes]))
         cold, skipped = self._cold_reads(sample, nbytes)
         found += cold
-        if self.options.device.startswith("cuda"):
-            self.step("copies to and from the GPU")
-            for name, taken in ceilings.device_seconds(self.options.device, _DEVICE_BYTES, len(repeats)).items():
-                counted = _DEVICE_BYTES * (2 if name == "device memory" else 1)
-                found.append(Ceiling.of(name, f"{_DEVICE_BYTES >> 20} MiB, page-locked", counted, taken))
+        if self.options.device != "cpu":
+            from streamsoup.bench.device import measure_copies
+
+            self.step("copies to and from devices")
+            found += measure_copies(self.options.device, _DEVICE_BYTES, self.options.repeats)
         return found, skipped
+
+    def device(self, best: dict[str, float], engine: EngineFigures) -> DeviceFigures | None:
+        """Compare the engine with the way to the devices, and a greedy trial with their memory."""
+        if self.options.device == "cpu":
+            return None
+        from streamsoup.bench.device import measure_trials
+
+        self.step("a greedy trial whose operands are on the device")
+        trial, share = measure_trials(self.options.device, _DEVICE_BYTES, self.options.repeats, best)
+        target = None if self.options.cold else _HOST_TO_DEVICE_TARGET
+        return DeviceFigures(engine.gb_per_s.median / best[HOST_TO_DEVICE], target, trial, share)
 
     def _memory(self) -> list[Ceiling]:
         nbytes = min(max(4 * last_level_cache_bytes(), _LEAST_ARRAY_BYTES), free_bytes() // 8) // 8 * 8
@@ -260,7 +279,10 @@ class _Bench:
         out = self.folder / "soup"
         shutil.rmtree(out, ignore_errors=True)
         execution = Execution(
-            budget_bytes=self.options.budget_bytes, device=self.options.device, workers=self.options.workers
+            budget_bytes=self.options.budget_bytes,
+            device=self.options.device,
+            device_budget_bytes=self.options.device_budget_bytes,
+            workers=self.options.workers,
         )
         return cook(make_recipe([c.path for c in self.checkpoints]), out, execution)
 
@@ -287,10 +309,11 @@ class _Bench:
 def _stages(results: Sequence[SoupResult], best: dict[str, float], fastest: str) -> tuple[Stage, ...]:
     """Compare each stage with the ceiling that stands over it."""
     first = results[0]
-    mapped = first.read_mode == "map"
+    mapped, locked = first.read_mode == "map", HOST_TO_DEVICE in best
     over = {
-        "read": None if mapped else fastest or "preadv, warm",
-        "reduce": "mapped read, warm" if mapped else "memory read",
+        # A device's buffers are filled from the maps; without one, nothing is read but by those who reduce.
+        "read": ("mapped read, warm" if locked else None) if mapped else fastest or "preadv, warm",
+        "reduce": HOST_TO_DEVICE if locked else "mapped read, warm" if mapped else "memory read",
         "write": "page cache write",
         "sync": "disk write",
     }

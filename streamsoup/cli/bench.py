@@ -13,6 +13,7 @@ from streamsoup.units import format_binary, format_bytes, format_seconds, parse_
 
 if TYPE_CHECKING:
     from streamsoup.bench import BenchReport
+    from streamsoup.bench.report import DeviceFigures, EngineFigures
 
 _EXAMPLES = """\
 examples:
@@ -46,7 +47,8 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--dir", metavar="DIR", help="where files are made (default: the system's temporary folder)")
     how.add_argument("--repeats", type=int, metavar="N", help="measurements of each figure (default: 5, the least)")
     how.add_argument("--budget", metavar="SIZE", help="as in `streamsoup soup`")
-    how.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
+    how.add_argument("--device", help="as in `streamsoup soup`; copies to and from it are measured, too (default: cpu)")
+    how.add_argument("--device-budget", metavar="SIZE", help="as in `streamsoup soup`")
     how.add_argument("--threads", type=int, metavar="N", help="worker threads (default: the cores)")
     show = parser.add_argument_group("what to show")
     show.add_argument("--json", metavar="FILE", help="write all figures; - prints them instead of the table")
@@ -93,6 +95,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "repeats": args.repeats,
         "budget_bytes": args.budget and parse_bytes(args.budget),
         "device": args.device,
+        "device_budget_bytes": args.device_budget and parse_bytes(args.device_budget),
         "workers": args.threads,
     }
     if args.ingredients_from:
@@ -159,8 +162,24 @@ def _print_report(report: BenchReport) -> None:
         f"  {'floor':<22} {engine.input_bytes / floor.median / 1e9:>7.2f}  {floor.median:.2f} s{'':<9} "
         f"{engine.floor_how}; the engine took {ratio:.2f} of that time"
     )
+    if report.device is not None:
+        _print_device(report.device, engine)
     print(
         f"\n{engine.cache}\npeak memory {format_binary(engine.peak_bytes)} (projected "
         f"{format_binary(engine.projected_peak_bytes)}, budget {format_binary(engine.budget_bytes)}); wrote "
         f"{format_bytes(engine.output_bytes)}, result {engine.result_hash}"
     )
+
+
+def _print_device(device: DeviceFigures, engine: EngineFigures) -> None:
+    """Print what devices were made use of, and what that should be."""
+    trial, target = device.trial_gb_per_s, device.host_to_device_target
+    wanted = "" if target is None else f" (target: {target:.0%} at least)"
+    print(f"\n{'on ' + engine.device:<24} {'GB/s':>7}  {'least - most':<15}")
+    rate = engine.gb_per_s
+    for name, spread, share in (
+        ("ingredients", rate, f"{device.host_to_device_share:.0%} of host to device{wanted}"),
+        ("greedy trial, resident", trial, f"{device.trial_share:.0%} of device memory"),
+    ):
+        span = f"{spread.least:.2f} - {spread.most:.2f}"
+        print(f"  {name:<22} {spread.median:>7.2f}  {span:<15} {share}")
