@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from factory import realistic, write_checkpoint
+from device_pools import COUNT, budget_for, same, write_runs
 from fake_lanes import Lane, LateLanes, NarrowLanes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,17 +27,10 @@ from streamsoup.errors import DeviceMemoryError, RecipeError
 from streamsoup.methods import linear
 from streamsoup.tiling import BLOCK_ELEMENTS, READERS, TileNeeds, choose_tiling, locked_bytes, slot_bytes
 
-COUNT = 5
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    shapes = {"a": (17, 1001), "b": (5 * BLOCK_ELEMENTS + 3,), "c": (40, 64), "d": (7,)}
-    return [
-        str(write_checkpoint(folder / f"run{i}", {**realistic(i, shapes, ("BF16", "F32")[i % 2]), "ids": np.arange(9)}))
-        for i in range(COUNT)
-    ]  # fmt: skip
+    return write_runs(tmp_path_factory.mktemp("devices"))
 
 
 @pytest.fixture
@@ -54,18 +47,6 @@ def opened(monkeypatch):
         return lanes
 
     return use
-
-
-def same(found, reference):
-    return found.keys() == reference.keys() and all(found[k].tobytes() == reference[k].tobytes() for k in reference)
-
-
-def budget_for(paths, blocks, **sizes):
-    """A device budget for pieces of so many blocks, and no more."""
-    plan = plan_for(paths, staged=True, locked=True, **sizes)
-    piece = blocks * BLOCK_ELEMENTS
-    slots = plan.tiling.workers * slot_bytes_on_device(plan.needs, plan.tiling, piece)
-    return slots + working_bytes(plan.needs, plan.tiling, piece)
 
 
 # -- what waits for what -------------------------------------------------------------------------------------------
@@ -162,7 +143,8 @@ def test_run_waits_for_up_and_down_for_run_and_what_writes_a_buffer_for_what_rea
     slot = one_slot(lanes, group=COUNT, ingredients=COUNT, elements=9000, blocks=1)
     blend = blend_of(runs)
     slot.combine([0] * COUNT, blend, 0, 9000, 0).result()
-    puts = [entry[1:] for entry in lanes.log if entry[0] == "put"]
+    allocated, *puts = [entry[1:] for entry in lanes.log if entry[0] == "put"]
+    assert allocated == (Lane.RUN, (), slot.ran), "memory may be handed out that arithmetic still uses"
     assert len(puts) > 3, "one piece: nothing is written twice"
     after = {Lane.UP: (slot.ran,), Lane.RUN: (slot.up, slot.down), Lane.DOWN: (slot.ran,)}
     then = {Lane.UP: slot.up, Lane.RUN: slot.ran, Lane.DOWN: slot.down}

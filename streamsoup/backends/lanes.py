@@ -60,6 +60,8 @@ class Lanes(Protocol):
     def memory(self, nbytes: int) -> torch.Tensor:
         """Allocate memory of the device, for all lanes; uint8, shape (nbytes,).
 
+        Other lanes must wait once for what is on the lane of arithmetic by then: it may still use that memory.
+
         Raises
         ------
         torch.OutOfMemoryError
@@ -146,7 +148,8 @@ class CudaLanes:
     def host(self, nbytes: int) -> torch.Tensor:
         """See `Lanes`. Page-locked: others are copied through a buffer of the driver's, and the host waits for that."""
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            with torch.cuda.device(self.device):
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             raise DeviceMemoryError(
                 f"device {self.device}: {format_binary(nbytes)} of host memory cannot be page-locked for it "
@@ -156,7 +159,7 @@ class CudaLanes:
             ) from error
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        """See `Lanes`. When it is freed, the allocator waits for the last work on each lane before it is used again."""
+        """See `Lanes`. Freed memory is not used again before the last work with it on each lane is done."""
         with torch.cuda.stream(self._streams[Lane.RUN]):
             found = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         for lane in (Lane.UP, Lane.DOWN):

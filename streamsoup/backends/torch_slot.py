@@ -109,6 +109,8 @@ class TorchSlot:
             self._piece = self._step = piece
             buffers = [*self._sources, self._result, self._found, *([] if self._partial is None else [self._partial])]
             self.device_bytes = sum(buffer.nbytes for buffer in buffers)
+            # The allocator may hand out memory that earlier arithmetic still uses: only that lane is behind it.
+            self.lanes.put(Lane.RUN, _nothing, then=self.ran)
             return
         self.lanes.release()
         least = self._share.least_elements
@@ -295,3 +297,7 @@ class TorchSlot:
         self.lanes.put(Lane.RUN, work, after=(self.up,), then=self.ran)
         self.ran.wait()
         return found[0]
+
+
+def _nothing() -> None:
+    """Work that only has a place."""

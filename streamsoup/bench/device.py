@@ -103,8 +103,9 @@ def trial_seconds(device: str, elements: int, repeats: int) -> list[float]:
     rigs = []
     for lanes in _open(device):
         sizes = {"sum": 8, "ingredient": 2, "candidate": 2}
-        buffers = {name: lanes.memory(size * elements).zero_() for name, size in sizes.items()}
+        buffers = {name: lanes.memory(size * elements) for name, size in sizes.items()}
         rigs.append(_Rig(lanes, lanes.mark(), buffers))
+    _timed(rigs, Lane.RUN, lambda rig: [buffer.zero_() for buffer in rig.buffers.values()])
 
     def trial(rig: _Rig) -> None:
         total, ingredient, candidate = (rig.buffers[name] for name in ("sum", "ingredient", "candidate"))
