@@ -82,6 +82,8 @@ class Pool:
     checkpoints : dict of str to Checkpoint
     backend : Backend
     budget_bytes : int
+    shares : tuple of DeviceShare
+        What all of them together take of each device's memory.
     """
 
     paths: Sequence[str]
@@ -109,6 +111,7 @@ class Pool:
         self.is_wide = any(d.is_wide for d in dtypes)
         self._is_fp8 = any(d.is_fp8 for d in dtypes)
         self._prepared = False
+        self.shares = self.backend.shares(self._whole.tiling, self._whole.needs)
 
     @property
     def first(self) -> Checkpoint:

@@ -373,6 +373,16 @@ def test_the_plan_says_what_a_device_will_hold(runs, capfd):
     assert all(0 < d["peak_bytes"] <= 8 << 20 and d["piece_elements"] % BLOCK_ELEMENTS == 0 for d in devices)
 
 
+@pytest.mark.parametrize("command", ["greedy", "learn"])
+def test_other_plans_say_it_too(runs, capfd, command):
+    arguments = [command, *runs, "--dry-run", "--device", "torch:cpu", "--device-budget", "64MiB"]
+    assert main(arguments) == 0
+    assert "64 MiB allowed" in capfd.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    (share,) = json.loads(capfd.readouterr().out)["devices"]
+    assert 0 < share["peak_bytes"] <= 64 << 20
+
+
 @pytest.mark.parametrize(
     ("device", "words"),
     [("gpu", "'gpu' is neither"), ("cuda:0,tpu", "'tpu' is neither"), ("cpu,cuda:0", "Leave it out"),

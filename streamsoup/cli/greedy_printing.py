@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamsoup.cli.printing import on_device
 from streamsoup.units import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
     forecast = Forecast.of(pool, on_disk=on_disk, jobs=job.jobs)
     each = max(int(c.table.nbytes.sum()) for c in pool.checkpoints.values())
     if as_json:
-        print(json.dumps({**forecast.to_json(), "sum_bytes": pool.sum_bytes, "sum_on_disk": on_disk}))
+        more = {"sum_bytes": pool.sum_bytes, "sum_on_disk": on_disk, "devices": [s.to_json() for s in pool.shares]}
+        print(json.dumps({**forecast.to_json(), **more}))
         return
     print(f"greedy soup of {len(job.ingredients)} checkpoints of up to {format_bytes(each)}")
     where = f"{folder}/sums, {forecast.generations} generations" if on_disk else "in memory"
@@ -72,6 +74,7 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
         ("disk needed", f"{format_bytes(forecast.disk_bytes)}: sums {format_bytes(forecast.sums_bytes)}, {candidates}, "
          f"the soup {format_bytes(forecast.output_bytes)}"),
         ("budget", f"{format_binary(pool.budget_bytes)}"),
+        *[("device", on_device(share)) for share in pool.shares],
     ]  # fmt: skip
     if forecast.saved_by_float32_bytes:
         rows.append(("to save disk", f"--sums-dtype float32 saves {format_bytes(forecast.saved_by_float32_bytes)}"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
 from streamsoup.cli.options import add_output_options, add_running_options
+from streamsoup.cli.printing import on_device
 from streamsoup.cli.progress import make_progress
 from streamsoup.cli.tables import table
 from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
@@ -255,6 +256,7 @@ def _print_forecast(job: Any, args: argparse.Namespace) -> None:
         ("a step", f"reads {format_bytes(read)} ({found.readings_a_step:.3g} times each byte)"),
         ("budget", format_binary(found.budget_bytes)),
         ("peak memory", f"{format_binary(found.projected_peak_bytes)} projected, beside the network and its gradient"),
+        *[("device", on_device(share)) for share in found.devices],
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")

@@ -71,7 +71,7 @@ def print_plan(
             "tile",
             f"{tiling.tile_elements:,} elements{groups}, {tiling.workers} thread(s) on {device}",
         ),
-        *[("device", _on_device(share)) for share in shares],
+        *[("device", on_device(share)) for share in shares],
         ("budget", format_binary(plan.budget_bytes)),
         ("peak memory", f"{format_binary(plan.projected_peak_bytes)} projected"),
         ("plan", f"{format_binary(plan.metadata_bytes)} for names, places and digests"),
@@ -80,7 +80,8 @@ def print_plan(
         print(f"  {label:<12} {text}")
 
 
-def _on_device(share: DeviceShare) -> str:
+def on_device(share: DeviceShare) -> str:
+    """Say what is taken of a device."""
     return (
         f"{share.device}: pieces of {share.piece_elements:,} elements, {share.slots} at a time; "
         f"{format_binary(share.peak_bytes)} of its memory projected, {format_binary(share.budget_bytes)} allowed"

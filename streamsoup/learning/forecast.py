@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from streamsoup.device_share import DeviceShare
 from streamsoup.learning.groups import make_groups
 from streamsoup.learning.job import LearnJob
 from streamsoup.learning.plans import Plans, join_groups, readings
@@ -24,6 +25,8 @@ class LearnForecast:
         How often they are read at each step.
     budget_bytes, projected_peak_bytes : int
         Beside the network, its gradient and activations.
+    devices : tuple of DeviceShare
+        What is taken of each device's memory.
     """
 
     ingredients: int
@@ -33,6 +36,7 @@ class LearnForecast:
     readings_a_step: float
     budget_bytes: int
     projected_peak_bytes: int
+    devices: tuple[DeviceShare, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -59,4 +63,5 @@ class LearnForecast:
             readings_a_step=swept / whole if whole else 0.0,
             budget_bytes=pool.budget_bytes,
             projected_peak_bytes=plans.projected_peak_bytes,
+            devices=pool.backend.shares(plans.measuring.tiling, plans.measuring.needs),
         )
