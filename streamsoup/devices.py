@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from streamsoup.budget import available_cores, worker_count
+from streamsoup.budget import worker_count
 from streamsoup.errors import RecipeError
 from streamsoup.tiling import READERS
 
 # Slots of a device: one is being filled, one copied up, one is computed with, one comes down and is written.
 _SLOTS = 4
 # Threads that fill page-locked buffers, for each device: a core copies 8 to 12 GB/s from the page cache, and a link to
-# a device takes 25 to 55.
+# a device takes 25 to 55. Not fewer on fewer cores: tiles follow from it, and all ranks must have the same.
 _FILLERS = 8
 
 
@@ -94,5 +94,4 @@ def choose_means(device: str, mode: str, workers: int | None, *, tensor_bytes: f
         count = worker_count(workers, mode, tensor_bytes=tensor_bytes)
         return Means(workers=count, readers=READERS, staged=mode == "plain", locked=False, ahead=ahead)
     count = _SLOTS * len(names) if workers is None else max(workers, len(names))
-    readers = max(READERS, min(_FILLERS * len(names), available_cores()))
-    return Means(workers=count, readers=readers, staged=True, locked=True, ahead=ahead)
+    return Means(workers=count, readers=_FILLERS * len(names), staged=True, locked=True, ahead=ahead)

@@ -415,8 +415,7 @@ def test_slots_are_dealt_to_devices_in_turn_and_both_do_tiles(runs, opened):
     assert all(x.log for x in lanes)
 
 
-def test_means_of_devices(monkeypatch):
-    monkeypatch.setattr("streamsoup.devices.available_cores", lambda: 64)
+def test_means_of_devices():
     one = choose_means("cuda:0", "map", None, tensor_bytes=1e6)
     assert (one["workers"], one["readers"], one["staged"], one["locked"]) == (4, 8, True, True)
     two = choose_means("cuda:0,cuda:1", "ahead", None, tensor_bytes=1e6)
