@@ -43,7 +43,7 @@ def device_names(device: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in device.split(","))
     for name in names:
         if name != "cpu" and not name.startswith(("cuda", "torch:")):
-            raise RecipeError(f"device {name!r} is neither cpu, cuda[:N] nor all.")
+            raise RecipeError(f"device {name!r} is neither cpu nor cuda, cuda:N or all.")
         if name == "cpu" and len(names) > 1:
             raise RecipeError(f"device {device!r}: the cpu reads for the others. Leave it out, or use it alone.")
         if names.count(name) > 1 and not name.startswith("torch:"):
