@@ -155,14 +155,16 @@ def test_a_trial_on_a_device_has_the_bits_of_a_candidate():
     assert torch.equal(made[0], ((torch.arange(5000, dtype=torch.float64) + 3) / 2).bfloat16().double())
 
 
-def test_the_command_prints_what_a_device_was_made_use_of(tmp_path, capfd):
+def test_the_command_prints_what_a_device_was_made_use_of(tmp_path, cli):
+    """In a process of its own: the command forks, and torch's threads here would not be there in the child."""
     arguments = ["bench", "--preset", "tiny", "--ingredients", "2", "--dir", str(tmp_path), "--device", "torch:cpu"]
-    assert main([*arguments, "--quiet"]) == 0
-    out, _ = capfd.readouterr()
+    done = cli(*arguments, "--quiet")
+    assert done.returncode == 0, done.stderr
     for words in ("of host to device (target: 90% at least)", "greedy trial, resident", "of device memory"):
-        assert words in out
-    assert main([*arguments[:-2], "--device-budget", "1GiB"]) == 1
-    assert "the device is the cpu" in capfd.readouterr().err
+        assert words in done.stdout
+    refused = cli(*arguments[:-2], "--device-budget", "1GiB")
+    assert refused.returncode == 1
+    assert "the device is the cpu" in refused.stderr
 
 
 def test_checkpoints_of_ones_own_are_only_read_and_the_hash_is_that_of_their_soup(tmp_path):
