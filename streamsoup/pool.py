@@ -31,7 +31,7 @@ from streamsoup.units import parse_bytes
 from streamsoup.write import Sink
 
 SUM_DTYPES = ("float64", "float32")
-SUM_PLACES = ("auto", "host", "disk")
+SUM_PLACES = ("auto", "device", "host", "disk")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class PoolOptions:
     ----------
     sums_dtype : {"float64", "float32"}
         Of running sums; float32 halves them, and publishing then reads the kept ingredients again.
-    sums : {"auto", "host", "disk"}
-        Where running sums are kept; ``auto``: in memory while they take at most half of the budget.
+    sums : {"auto", "device", "host", "disk"}
+        Where running sums are kept; ``auto``: on a GPU while they take at most half of its budget, else in memory while
+        they take at most half of that.
     """
 
     dtype: str | None = None
@@ -95,6 +96,8 @@ class Pool:
             raise RecipeError(f"sums dtype {self.options.sums_dtype!r} is not one of {', '.join(SUM_DTYPES)}.")
         if self.options.sums not in SUM_PLACES:
             raise RecipeError(f"sums: {self.options.sums!r} is not one of {', '.join(SUM_PLACES)}.")
+        if self.options.sums == "device" and self.options.device == "cpu":
+            raise RecipeError("sums: the cpu has no memory but the host's. Give --sums host, or --device cuda.")
         self.backend: Backend = open_backend(self.options.device, self.options.device_budget_bytes)
         opened = open_checkpoints(self.paths)
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.
@@ -152,10 +155,17 @@ class Pool:
 
     @property
     def sum_fits(self) -> bool:
-        """Whether a running sum is to be kept in memory."""
-        if self.options.sums == "auto":
-            return self.sum_bytes <= self.budget_bytes // 2
-        return self.options.sums == "host"
+        """Whether a running sum is to be kept in memory, the host's or a device's."""
+        return self.sum_place != "disk"
+
+    @property
+    def sum_place(self) -> str:
+        """Where a running sum is to be kept: ``device``, ``host`` or ``disk``."""
+        if self.options.sums != "auto":
+            return self.options.sums
+        if self.sum_bytes <= self.backend.bytes_to_hold:
+            return "device"
+        return "host" if self.sum_bytes <= self.budget_bytes // 2 else "disk"
 
     def open(self, path: str) -> Checkpoint:
         """Return a checkpoint of the pool, opening it if it is new.

@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from streamsoup.checkpoints import Checkpoint, Shard
 from streamsoup.errors import IngredientReadError, RecipeError
@@ -59,6 +59,10 @@ class Source(Protocol):
         IngredientReadError
         """
         ...
+
+    def resident(self, position: int, offset: int, nbytes: int, device: Any) -> Any | None:
+        """Return a part of a tensor where it lies in the memory of a device: a uint8 tensor; None: it does not."""
+        return None
 
     def load(self, position: int, offset: int, nbytes: int) -> None:
         """Read a part of a tensor that will soon be fetched, if that helps.

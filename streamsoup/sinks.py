@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,18 @@ class ModuleSink(Sink):
         assert target is not None
         target[:0].zero_()  # tells autograd, which cannot see who writes, that the tensor changed
         return room[offset : offset + nbytes]
+
+    def resident(self, tensor: int, offset: int, nbytes: int, device: Any) -> Any | None:
+        """See `Sink`."""
+        import torch
+
+        target = self._targets[tensor]
+        if target is None or target.device != device:
+            return None
+        if target.dtype != getattr(torch, self._plan.out_dtype(tensor).torch_name, None):
+            return None
+        target[:0].zero_()  # see `room`
+        return target.view(torch.uint8)[offset : offset + nbytes]
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`."""

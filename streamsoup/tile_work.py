@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from streamsoup.asked import Asked
-from streamsoup.backends.protocol import Backend, Blend, Combined, Portion, Slot
+from streamsoup.backends.protocol import Backend, Blend, Combined, Portion, Room, Slot
 from streamsoup.dtypes import BY_NAME, DTYPES
 from streamsoup.journal import TileRecord
 from streamsoup.maps import bytes_at, same_bytes
@@ -141,7 +142,7 @@ class TileWork:
             found = self._blends[key] = numbers, make_blend(plan, tensor, numbers)
         return found[1]
 
-    def _rule_of_tile(self, slot: Slot, tile: Tile, addresses: Sequence[int]) -> tuple[Rule, int]:
+    def _rule_of_tile(self, slot: Slot, tile: Tile, addresses: Sequence[Any]) -> tuple[Rule, int]:
         """Measure a tensor that lies in one tile; returns how often it was looked at, too."""
         asked = Asked(self._plan.method.merge(self._plan.info(tile.tensor), self.known))
         looks = 0
@@ -151,7 +152,7 @@ class TileWork:
             looks += 1
         return asked.rule, looks
 
-    def _look(self, slot: Slot, tile: Tile, addresses: Sequence[int], measurement: Measurement) -> None:
+    def _look(self, slot: Slot, tile: Tile, addresses: Sequence[Any], measurement: Measurement) -> None:
         part = measurement.part()
         slot.look(addresses, self._values_blend(tile.tensor), self._portion(tile), part)
         with self._lock:
@@ -173,19 +174,23 @@ class TileWork:
             rule, looks = self._rule_of_tile(slot, tile, addresses)
         if isinstance(rule, Coefficients):
             blend = self._blend(tile.tensor, rule)
-            room = self._room(tile, blend)
+            room = self._room(slot, tile, blend)
             token = slot.combine(addresses, blend, 0, tile.elements, tile.start // BLOCK_ELEMENTS, room)
         else:
             blend = self._values_blend(tile.tensor)
-            room = self._room(tile, blend)
+            room = self._room(slot, tile, blend)
             token = slot.merge(addresses, blend, self._portion(tile), rule, room)
         assert token is not None
         done = self._store(tile, blend, token.result(), room is None, began, read)
         done.swept_bytes += looks * done.tile_bytes
         return done
 
-    def _room(self, tile: Tile, blend: Blend) -> memoryview | None:
-        return self._sink.room(tile.tensor, tile.start * blend.out_itemsize, tile.elements * blend.out_itemsize)
+    def _room(self, slot: Slot, tile: Tile, blend: Blend) -> Room | None:
+        """Memory of the sink's for a tile: on the slot's device, or of the host."""
+        place = tile.tensor, tile.start * blend.out_itemsize, tile.elements * blend.out_itemsize
+        if slot.device is not None and (there := self._sink.resident(*place, slot.device)) is not None:
+            return there
+        return self._sink.room(*place)
 
     def _store(self, tile: Tile, blend: Blend, combined: Combined, writes: bool, began: float, read: float) -> Done:
         """Write a tile that was combined, unless it lies in the sink's own memory, and record it."""
@@ -210,7 +215,7 @@ class TileWork:
         """Combine a tile by numbers that are known beforehand, a group of ingredients at a time."""
         plan = self._plan
         blend = self._blend(tile.tensor, numbers)
-        room = self._room(tile, blend)
+        room = self._room(slot, tile, blend)
         token, read = None, time.perf_counter() - began
         for first in range(0, len(blend.weights), plan.tiling.group):
             group = range(first, min(first + plan.tiling.group, len(blend.weights)))
@@ -241,17 +246,26 @@ class TileWork:
         record = TileRecord(tile.tensor, tile.start, tile.elements, digests, differs=differs if differs.any() else None)
         return _done(record, count * itemsize, itemsize, began, reduced - began, reduced)
 
-    def _fetch_group(self, slot: Slot, group: range, places: Sequence[Place]) -> list[int]:
+    def _fetch_group(self, slot: Slot, group: range, places: Sequence[Place]) -> list[Any]:
         """Bring a group of ingredients into reach.
 
         Readers take one piece at a time from one queue, so that each file is read nearly in order, and all files at
         once; workers that read their own tiles, several files each, got half the rate from a cold disk.
         """
         if self.readers is None or not self._plan.staged:
-            return [self._fetch(slot, i, places[i], staging_index=i - group.start) for i in group]
-        pieces = [self.readers.submit(self._fetch, slot, i, places[i], staging_index=i - group.start) for i in group]
+            return [self._fetch_operand(slot, i, places[i], staging_index=i - group.start) for i in group]
+        fetch = self._fetch_operand
+        pieces = [self.readers.submit(fetch, slot, i, places[i], staging_index=i - group.start) for i in group]
         wait(pieces)  # all of them, even if one fails: nothing may write into the slot later
         return [piece.result() for piece in pieces]
+
+    def _fetch_operand(self, slot: Slot, ingredient: int, place: Place, *, staging_index: int) -> Any:
+        """Bring an operand into reach, unless it lies on the slot's device."""
+        if slot.device is not None:
+            there = self._sources[ingredient].resident(*place, slot.device)
+            if there is not None:
+                return there
+        return self._fetch(slot, ingredient, place, staging_index=staging_index)
 
     def _fetch(self, slot: Slot, ingredient: int, place: Place, *, staging_index: int) -> int:
         staging = slot.staging(staging_index, place[2])

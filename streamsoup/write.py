@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from streamsoup.errors import DestinationError
 from streamsoup.files import pwrite_all, writing_to
@@ -26,6 +26,10 @@ class Sink(Protocol):
 
         After a failure, what is in it is undefined.
         """
+        return None
+
+    def resident(self, tensor: int, offset: int, nbytes: int, device: Any) -> Any | None:
+        """Return memory of a device for a tile, to be filled instead of calling `write`: a uint8 tensor; or None."""
         return None
 
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:

@@ -13,6 +13,7 @@ from streamsoup.backends import merging
 from streamsoup.backends.protocol import Blend, Combined, Finished, Portion, Token
 from streamsoup.backends.tracing import Program, trace
 from streamsoup.device_share import DeviceShare
+from streamsoup.errors import RecipeError
 from streamsoup.kernels import codes, measuring
 from streamsoup.kernels import combine as kernels
 from streamsoup.kernels.vector_machine import Stretch
@@ -41,6 +42,11 @@ class CpuSlot:
         self._digests = np.zeros(ingredients, np.uint64)
         self._nonfinite = np.zeros(ingredients, np.int64)
         self._overflowed = 0
+
+    @property
+    def device(self) -> None:
+        """See `Slot`."""
+        return None
 
     def staging(self, index: int, nbytes: int) -> memoryview | None:
         """See `Slot`."""
@@ -272,6 +278,12 @@ class CpuBackend:
     def slot(self, tiling: Tiling, needs: TileNeeds) -> CpuSlot:
         """See `Backend`."""
         return CpuSlot(tiling, needs)
+
+    bytes_to_hold = 0
+
+    def hold(self, nbytes: int) -> Any:
+        """See `Backend`."""
+        raise RecipeError("sums: the cpu has no memory but the host's. Give --sums host, or --device cuda.")
 
     def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
         """See `Backend`."""

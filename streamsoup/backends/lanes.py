@@ -79,6 +79,13 @@ class Lanes(Protocol):
         """
         ...
 
+    def follow_caller(self) -> None:
+        """Have what is put on the lanes from now on wait for what the calling thread has queued on the device.
+
+        Somebody's network may still be computing with parameters that are to be overwritten.
+        """
+        ...
+
     def free_bytes(self) -> int | None:
         """Bytes of the device's memory that are free; None: nobody knows."""
         ...
@@ -117,6 +124,9 @@ class ImmediateLanes:
     def put(self, lane: Lane, work: Callable[[], None], *, after: Sequence[Any] = (), then: Any) -> None:
         """See `Lanes`."""
         work()
+
+    def follow_caller(self) -> None:
+        """See `Lanes`."""
 
     def free_bytes(self) -> int | None:
         """See `Lanes`."""
@@ -178,6 +188,12 @@ class CudaLanes:
                 stream.wait_event(mark.event)
             work()
             then.event.record(stream)
+
+    def follow_caller(self) -> None:
+        """See `Lanes`."""
+        theirs = torch.cuda.current_stream(self.device)
+        for stream in self._streams.values():
+            stream.wait_stream(theirs)
 
     def free_bytes(self) -> int | None:
         """See `Lanes`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +72,8 @@ class Combined:
     Attributes
     ----------
     output : memoryview
-        Its bytes; valid until the slot is used again. What was given as `into`, if that was.
+        Its bytes; valid until the slot is used again. What was given as `into`, if that was; empty if it lies on a
+        device.
     digests : uint64 array, shape (ingredients,)
     nonfinite : int64 array, shape (ingredients,)
         NaN and infinite elements of each ingredient.
@@ -105,8 +106,23 @@ class Finished:
         return self.combined
 
 
+# Where bytes are: an address of the host's memory; or, in the memory of a slot's own device, a uint8 tensor of torch.
+Place: TypeAlias = Any
+# Where a tile is wanted: a memoryview of the host's memory, or such a tensor.
+Room: TypeAlias = Any
+
+
 class Slot(Protocol):
-    """Buffers for one tile."""
+    """Buffers for one tile.
+
+    Attributes
+    ----------
+    device : torch.device or None
+        In whose memory operands and results may lie; None: in the host's alone.
+    """
+
+    @property
+    def device(self) -> Any | None: ...
 
     def staging(self, index: int, nbytes: int) -> memoryview | None:
         """Return where to put the bytes of the group's `index`-th ingredient; None if an address will do."""
@@ -118,12 +134,12 @@ class Slot(Protocol):
 
     def combine(
         self,
-        addresses: Sequence[int],
+        addresses: Sequence[Place],
         blend: Blend,
         first: int,
         elements: int,
         first_block: int,
-        into: memoryview | None = None,
+        into: Room | None = None,
     ) -> Token | None:
         """Combine a group of ingredients: those from `first` on, as many as there are addresses.
 
@@ -132,17 +148,17 @@ class Slot(Protocol):
         """
         ...
 
-    def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
+    def look(self, addresses: Sequence[Place], blend: Blend, portion: Portion, part: Part) -> None:
         """Measure a tile: pieces of it are shown to `part`."""
         ...
 
     def merge(
         self,
-        addresses: Sequence[int],
+        addresses: Sequence[Place],
         blend: Blend,
         portion: Portion,
         rule: Elementwise,
-        into: memoryview | None = None,
+        into: Room | None = None,
     ) -> Token:
         """Combine a tile of all ingredients element by element. `into`: as in `combine`."""
         ...
@@ -183,4 +199,20 @@ class Backend(Protocol):
 
     def digest(self, address: int, nbytes: int, itemsize: int, first_block: int) -> int:
         """Digest of the bytes of a tile of a tensor that is only copied."""
+        ...
+
+    @property
+    def bytes_to_hold(self) -> int:
+        """Bytes that may be held on the first device all the time; 0: there is no other memory than the host's."""
+        ...
+
+    def hold(self, nbytes: int) -> Any:
+        """Return memory of the first device, a uint8 tensor of torch; the slots have the less.
+
+        Raises
+        ------
+        RecipeError
+            If there is no device.
+        DeviceMemoryError
+        """
         ...

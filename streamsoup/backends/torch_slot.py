@@ -7,14 +7,14 @@ still read the buffers that are to be filled again).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from streamsoup.backends import merging
 from streamsoup.backends.lanes import Lane, Lanes
-from streamsoup.backends.protocol import Blend, Combined, Finished, Portion, Token
+from streamsoup.backends.protocol import Blend, Combined, Finished, Place, Portion, Room, Token
 from streamsoup.backends.torch_group import Group, combine_into
 from streamsoup.backends.torch_tile import TorchTile
 from streamsoup.device_share import DeviceShare
@@ -25,12 +25,14 @@ from streamsoup.tiling import BLOCK_ELEMENTS, PARTIAL_ITEMSIZE, TileNeeds, Tilin
 from streamsoup.units import format_binary
 
 T = TypeVar("T")
+# Of each operand, the tile's bytes where they lie on the device; None: they come from a buffer of the slot.
+Held: TypeAlias = Sequence[torch.Tensor | None]
 
 
 class TorchToken:
     """See `Token`: waits for one event, behind the last of its slot's results."""
 
-    def __init__(self, slot: TorchSlot, nbytes: int, into: memoryview | None) -> None:
+    def __init__(self, slot: TorchSlot, nbytes: int, into: Room | None) -> None:
         self._slot = slot
         self._nbytes = nbytes
         self._into = into
@@ -39,6 +41,8 @@ class TorchToken:
         """See `Token`."""
         slot = self._slot
         slot.down.wait()
+        if isinstance(self._into, torch.Tensor):
+            return Combined(memoryview(b""), *slot.found())
         output = slot.output(self._nbytes)
         if self._into is not None:
             np.frombuffer(self._into, np.uint8)[:] = np.frombuffer(output, np.uint8)
@@ -84,6 +88,7 @@ class TorchSlot:
         numbers = found_bytes(ingredients)
         self._found_here = self._locked(numbers)[:numbers].view(torch.int64)
         self._allocate(share.piece_elements, numbers)
+        lanes.follow_caller()
         self._window: tuple[int, int] | None = None
         self._is_read = False
 
@@ -126,6 +131,11 @@ class TorchSlot:
             wanted_bytes=wanted_bytes,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """See `Slot`."""
+        return self.lanes.device
+
     def staging(self, index: int, nbytes: int) -> memoryview | None:
         """See `Slot`. Between groups it waits until the buffers were copied; a tile that is done is waited for."""
         if self._is_read:
@@ -144,35 +154,41 @@ class TorchSlot:
 
     def combine(
         self,
-        addresses: Sequence[int],
+        addresses: Sequence[Place],
         blend: Blend,
         first: int,
         elements: int,
         first_block: int,
-        into: memoryview | None = None,
+        into: Room | None = None,
     ) -> Token | None:
-        """See `Slot`. The bytes are taken from the staging buffers, whatever their addresses."""
+        """See `Slot`. What is on the device is used there; the rest is taken from the staging buffers."""
         group = Group.of(blend, first, first + len(addresses))
+        held = held_of(addresses)
+        target = into if group.is_last and isinstance(into, torch.Tensor) else None
         for begin in range(0, elements, self._piece):
             count = min(self._piece, elements - begin)
             if self._window != (begin, begin + count):  # else it was looked at before
-                self._lift(group.itemsizes, begin, count)
-            self._reduce(group, begin, count, first_block + begin // BLOCK_ELEMENTS)
+                self._lift(held, group.itemsizes, begin, count)
+            self._reduce(group, held, target, begin, count, first_block + begin // BLOCK_ELEMENTS)
             if group.is_last:
-                self._lower(group, begin, count, is_end=begin + count == elements)
+                self._lower(group, begin, count, brings=target is None, is_end=begin + count == elements)
         self._window, self._is_read = None, not group.is_last
         return TorchToken(self, elements * blend.out_itemsize, into) if group.is_last else None
 
-    def _lift(self, itemsizes: Sequence[int], begin: int, count: int) -> None:
+    def _lift(self, held: Held, itemsizes: Sequence[int], begin: int, count: int) -> None:
         """Copy elements of the tile up, when what is there was computed with."""
 
         def work() -> None:
-            for here, there, size in zip(self._staging, self._sources, itemsizes, strict=False):
-                there[: count * size].copy_(here[begin * size : (begin + count) * size], non_blocking=True)
+            buffers = zip(self._staging, self._sources, held, itemsizes, strict=False)
+            for here, there, is_there, size in buffers:
+                if is_there is None:
+                    there[: count * size].copy_(here[begin * size : (begin + count) * size], non_blocking=True)
 
         self.lanes.put(Lane.UP, work, after=(self.ran,), then=self.up)
 
-    def _reduce(self, group: Group, begin: int, count: int, first_block: int) -> None:
+    def _reduce(
+        self, group: Group, held: Held, target: torch.Tensor | None, begin: int, count: int, first_block: int
+    ) -> None:
         """Combine what was copied up, when what was there of results has come down."""
 
         def work() -> None:
@@ -182,7 +198,7 @@ class TorchSlot:
             while at < count:
                 here = min(self._step, count - at)
                 with self.lanes.turn:
-                    done = self._try(group, begin, at, here, first_block + at // BLOCK_ELEMENTS)
+                    done = self._try(group, held, target, begin, at, here, first_block + at // BLOCK_ELEMENTS)
                 if done:
                     at += here
                 else:
@@ -190,13 +206,21 @@ class TorchSlot:
 
         self.lanes.put(Lane.RUN, work, after=(self.up, self.down), then=self.ran)
 
-    def _try(self, group: Group, begin: int, at: int, count: int, first_block: int) -> bool:
+    def _try(
+        self,
+        group: Group,
+        held: Held,
+        target: torch.Tensor | None,
+        begin: int,
+        at: int,
+        count: int,
+        first_block: int,
+    ) -> bool:
         """Combine elements from `at` of the piece that begins at `begin`; False if the device has no memory for it."""
-        sources = [
-            there[at * size : (at + count) * size]
-            for there, size in zip(self._sources, group.itemsizes, strict=False)
-        ]  # fmt: skip
+        sources = self._found_on_device(held, group.itemsizes, begin, at, count)
         size, out, place = group.out_itemsize, self._result, at
+        if target is not None:
+            out, place = target, begin + at
         partial = self._partial
         if partial is not None:
             carried = partial[(begin + at) * PARTIAL_ITEMSIZE : (begin + at + count) * PARTIAL_ITEMSIZE]
@@ -216,6 +240,16 @@ class TorchSlot:
         self._found[-1] += overflowed
         return True
 
+    def _found_on_device(
+        self, held: Held, itemsizes: Sequence[int], begin: int, at: int, count: int
+    ) -> list[torch.Tensor]:
+        """Return elements from `at` of the piece that begins at `begin`: of its copies, or where they lie."""
+        found = []
+        for there, is_there, size in zip(self._sources, held, itemsizes, strict=False):
+            whole, first = (there, at) if is_there is None else (is_there, begin + at)
+            found.append(whole[first * size : (first + count) * size])
+        return found
+
     def _make_smaller(self, group: Group, count: int) -> None:
         """Compute with half as many elements at a time from now on."""
         self.lanes.release()
@@ -224,43 +258,54 @@ class TorchSlot:
             raise self._no_memory(count * 8 * len(group.codes))
         self._step = blocks // 2 * BLOCK_ELEMENTS
 
-    def _lower(self, group: Group, begin: int, count: int, *, is_end: bool) -> None:
-        """Copy results down; at the end of the tile, what was found, too."""
+    def _lower(self, group: Group, begin: int, count: int, *, brings: bool, is_end: bool) -> None:
+        """Copy results down, unless they stay; at the end of the tile, what was found, too."""
         size = group.out_itemsize
 
         def work() -> None:
-            self._output[begin * size : (begin + count) * size].copy_(self._result[: count * size], non_blocking=True)
+            if brings:
+                here = self._output[begin * size : (begin + count) * size]
+                here.copy_(self._result[: count * size], non_blocking=True)
             if is_end:
                 self._found_here.copy_(self._found, non_blocking=True)
 
         self.lanes.put(Lane.DOWN, work, after=(self.ran,), then=self.down)
 
-    def look(self, addresses: Sequence[int], blend: Blend, portion: Portion, part: Part) -> None:
+    def look(self, addresses: Sequence[Place], blend: Blend, portion: Portion, part: Part) -> None:
         """See `Slot`."""
-        merging.look(TorchTile(self, blend, portion), part)
+        merging.look(TorchTile(self, held_of(addresses), blend, portion), part)
 
     def merge(
         self,
-        addresses: Sequence[int],
+        addresses: Sequence[Place],
         blend: Blend,
         portion: Portion,
         rule: Elementwise,
-        into: memoryview | None = None,
+        into: Room | None = None,
     ) -> Token:
         """See `Slot`."""
-        output = into if into is not None else self.output(portion.elements * blend.out_itemsize)
-        return Finished(merging.merge(TorchTile(self, blend, portion), rule, output))
+        target = into if isinstance(into, torch.Tensor) else None
+        nbytes = portion.elements * blend.out_itemsize
+        output = self.output(nbytes) if into is None or target is not None else into
+        combined = merging.merge(TorchTile(self, held_of(addresses), blend, portion), rule, output)
+        if target is not None:
+            here = self._output[:nbytes]
+            self.lanes.put(Lane.UP, lambda: _copy(target, here), after=(self.ran,), then=self.up)
+            self.up.wait()
+        return Finished(combined)
 
     @property
     def most_elements(self) -> int:
         """Elements of all sources that are on the device at a time."""
         return self._piece
 
-    def bring(self, itemsizes: Sequence[int], elements: int, begin: int, count: int) -> list[torch.Tensor]:
+    def bring(self, held: Held, itemsizes: Sequence[int], elements: int, begin: int, count: int) -> list[torch.Tensor]:
         """Return some elements of all sources on the device, copying them up (and those behind) unless they are there.
 
         Parameters
         ----------
+        held : sequence of Tensor or None
+            Of each source, the tile's bytes where they lie on the device.
         itemsizes : sequence of int
         elements : int
             Of the tile.
@@ -270,12 +315,9 @@ class TorchSlot:
             stop = min(elements, begin + self._piece)
             if begin + count > stop:
                 raise self._no_memory(count * sum(itemsizes))
-            self._lift(itemsizes, begin, stop - begin)
+            self._lift(held, itemsizes, begin, stop - begin)
             self._window = begin, stop
-        at = begin - self._window[0]
-        return [
-            there[at * size : (at + count) * size] for there, size in zip(self._sources, itemsizes, strict=True)
-        ]  # fmt: skip
+        return self._found_on_device(held, itemsizes, self._window[0], begin - self._window[0], count)
 
     def compute(self, function: Callable[[], T]) -> T:
         """Call a function when what was brought is there, and wait for what it returns."""
@@ -297,6 +339,15 @@ class TorchSlot:
         self.lanes.put(Lane.RUN, work, after=(self.up,), then=self.ran)
         self.ran.wait()
         return found[0]
+
+
+def held_of(addresses: Sequence[Place]) -> Held:
+    """Tell which operands lie on the device."""
+    return [place if isinstance(place, torch.Tensor) else None for place in addresses]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
 
 
 def _nothing() -> None:

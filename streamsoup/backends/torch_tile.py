@@ -27,21 +27,24 @@ class Reach(Protocol):
     def lanes(self) -> Lanes: ...
     @property
     def most_elements(self) -> int: ...
-    def bring(self, itemsizes: Sequence[int], elements: int, begin: int, count: int) -> Sources: ...
+    def bring(
+        self, held: Sequence[torch.Tensor | None], itemsizes: Sequence[int], elements: int, begin: int, count: int
+    ) -> Sources: ...
     def compute(self, function: Callable[[], T]) -> T: ...
 
 
 class TorchTile:
     """See `merging.DeviceTile`."""
 
-    def __init__(self, slot: Reach, blend: Blend, portion: Portion) -> None:
+    def __init__(self, slot: Reach, held: Sequence[torch.Tensor | None], blend: Blend, portion: Portion) -> None:
         self.portion = portion
         self.blend = blend
         self.longest_look = piece_elements(len(blend.codes))
         self._slot = slot
+        self._held = held
 
     def _of_sources(self, begin: int, count: int, function: Callable[[Sources], T]) -> T:
-        sources = self._slot.bring(self.blend.itemsizes, self.portion.elements, begin, count)
+        sources = self._slot.bring(self._held, self.blend.itemsizes, self.portion.elements, begin, count)
         return self._slot.compute(lambda: function(sources))
 
     def _of_values(self, begin: int, count: int, function: Callable[[TorchValues], T]) -> T:

@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
     how.add_argument("--sums-dtype", choices=("float64", "float32"), help="of running sums (default: float64)")
     how.add_argument(
-        "--sums", choices=("auto", "host", "disk"), help="where running sums are kept (default: by the budget)"
+        "--sums", choices=("auto", "device", "host", "disk"), help="where running sums are kept (default: by room)"
     )
     how.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
     how.add_argument("--buffers", choices=("identical", "first"), help="as in `streamsoup soup`")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from streamsoup.greedy_job import GreedyJob, GreedyResult, TrialRecord
 
 
+_PLACES = {"device": "on the device", "host": "in memory"}
+
+
 class Table:
     """Prints one line a decision."""
 
@@ -63,7 +66,7 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
         print(json.dumps({**forecast.to_json(), **more}))
         return
     print(f"greedy soup of {len(job.ingredients)} checkpoints of up to {format_bytes(each)}")
-    where = f"{folder}/sums, {forecast.generations} generations" if on_disk else "in memory"
+    where = f"{folder}/sums, {forecast.generations} generations" if on_disk else _PLACES[pool.sum_place]
     candidates = "one candidate" if job.jobs == 1 else f"{job.jobs} candidates"
     candidates += f" {format_bytes(forecast.candidates * forecast.candidate_bytes)}"
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,23 +194,42 @@ class Gradient(Source):
 
     Notes
     -----
-    Memory: none on the CPU; of a module on a GPU, one copy of its gradient.
+    Memory: none; of a module on a GPU, one copy of its gradient if it is measured on another device.
     """
 
     def __init__(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        self._held = {tensor: _dense(gradient.detach()).cpu().contiguous() for tensor, gradient in gradients.items()}
+        self._there = {tensor: _dense(gradient.detach()).contiguous() for tensor, gradient in gradients.items()}
+        self._here: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def __contains__(self, tensor: int) -> bool:
-        return tensor in self._held
+        return tensor in self._there
+
+    def resident(self, position: int, offset: int, nbytes: int, device: Any) -> torch.Tensor | None:
+        """See `Source`."""
+        import torch
+
+        there = self._there[position]
+        if there.device != device:
+            return None
+        return there.view(-1).view(torch.uint8)[offset : offset + nbytes]
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
-        address = self._held[position].data_ptr() + offset
+        address = self._on_host(position).data_ptr() + offset
         if staging is None:
             return address
         target = address_of(staging)
         ctypes.memmove(target, address, nbytes)
         return target
+
+    def _on_host(self, tensor: int) -> torch.Tensor:
+        if self._there[tensor].device.type == "cpu":
+            return self._there[tensor]
+        with self._lock:
+            if tensor not in self._here:
+                self._here[tensor] = self._there[tensor].cpu()
+            return self._here[tensor]
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,10 @@ class RunningSoup:
                 f"{format_binary(pool.budget_bytes)}. Give it a folder, or a larger budget.",
                 least_bytes=2 * pool.sum_bytes,
             )
+        if folder is None and pool.sum_place == "device":
+            from streamsoup.sums.device_store import DeviceStore
+
+            return DeviceStore(self._sum.table, pool.averaged, pool.backend)
         if folder is None:
             self._reserved_bytes = pool.sum_bytes
             return MemoryStore(self._sum.table, pool.averaged)

@@ -104,6 +104,10 @@ class WithBuffers(Source):
         """See `Source`."""
         return self._source(position).fetch(position, offset, nbytes, staging)
 
+    def resident(self, position: int, offset: int, nbytes: int, device: Any) -> Any | None:
+        """See `Source`."""
+        return self._source(position).resident(position, offset, nbytes, device)
+
     def load(self, position: int, offset: int, nbytes: int) -> None:
         """See `Source`."""
         self._source(position).load(position, offset, nbytes)
