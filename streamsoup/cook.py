@@ -286,7 +286,7 @@ def _cook(
         require_space(existing_parent(workspace.folder), plan.bytes_to_write + _SIDE_FILES_BYTES)
         workspace.refuse_unfinished()
         job = {
-            "id": extras.job_id or uuid.uuid4().hex,
+            "id": uuid.uuid4().hex,
             "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
             "fingerprint": plan.fingerprint,
             "overwrite": execution.overwrite,

@@ -45,23 +45,24 @@ class Extras:
         Names and texts of more files beside the weights.
     content_digests : tuple of str or None
         What the ingredients are to hold: those that the recipe was chosen by.
-    job_id : str or None
-        Tells the soup, finished or not, from every other; None: a new one.
+    owner : str or None
+        Who chose the recipe, and knows the soup, finished or not, again by this. Each making has an id of its own
+        beside it: one that replaces another of the same owner is not taken for that.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
     content_digests: tuple[str, ...] | None = None
-    job_id: str | None = None
+    owner: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: an interrupted soup is gone on with to the same files."""
-        return {"files": dict(self.files), "content_digests": self.content_digests}
+        return {"files": dict(self.files), "content_digests": self.content_digests, "owner": self.owner}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Extras:
         """Read what `to_json` wrote."""
         digests = document["content_digests"]
-        return Extras(dict(document["files"]), None if digests is None else tuple(digests))
+        return Extras(dict(document["files"]), None if digests is None else tuple(digests), document["owner"])
 
 
 NO_EXTRAS = Extras()
@@ -119,6 +120,7 @@ class Making:
             device=self.backend.name,
             notes=notes,
             job_id=self.job["id"],
+            owner=self.extras.owner,
         )
         for name, text in self.extras.files.items():
             write_durably(self.workspace.beside(name), text)

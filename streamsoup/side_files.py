@@ -26,6 +26,7 @@ def write_side_files(
     device: str,
     notes: Sequence[str],
     job_id: str,
+    owner: str | None = None,
 ) -> None:
     """Write all but the weights into a workspace.
 
@@ -42,9 +43,13 @@ def write_side_files(
         What a reader should know.
     job_id : str
         Tells this soup from one that stood in its place before.
+    owner : str, optional
+        See `Extras`.
     """
     destination, folder = workspace.destination, workspace.soup
     manifest = {**build_manifest(plan, recipe, identities, digests, device=device, notes=notes), "id": job_id}
+    if owner is not None:
+        manifest["owner"] = owner
     resolved = with_paths(recipe, lambda path: str(Path(path).resolve()))
     write_durably(workspace.beside(MANIFEST_NAME), manifest_to_json(manifest))
     write_durably(workspace.beside(RECIPE_NAME), recipe_to_yaml(resolved))

@@ -238,11 +238,11 @@ class Workspace:
             f"{self.destination.path}: there is no unfinished work at {self.folder}. Start without --resume."
         )
 
-    def is_of(self, job_id: str) -> bool:
-        """Whether unfinished work of this very job lies there."""
+    def is_of(self, owner: str) -> bool:
+        """Whether unfinished work lies there that belongs to this owner; see `Extras`."""
         try:
             found = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
-            return bool(found["id"] == job_id)
+            return bool(found["extras"]["owner"] == owner)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -270,8 +270,15 @@ class Workspace:
 
     def is_published(self, job_id: str) -> bool:
         """Whether a run died after the soup took its place, but before the workspace was removed."""
-        if self.read_manifest().get("id") != job_id:
-            return False  # another soup, perhaps the one that this job is to replace
+        return self._is_in_place("id", job_id)
+
+    def is_published_by(self, owner: str) -> bool:
+        """Whether a soup of this owner, made by any of its runs, has taken its place."""
+        return self._is_in_place("owner", owner)
+
+    def _is_in_place(self, key: str, value: str) -> bool:
+        if self.read_manifest().get(key) != value or not os.path.lexists(self.destination.path):
+            return False  # another soup, perhaps the one that this job is to replace; or none any more
         # Of a single file the manifest is moved first and the weights last.
         return not self.destination.is_file or not (self.soup / self.destination.path.name).exists()
 

@@ -252,6 +252,8 @@ CHOSEN = [
     ("free", at("state", 3)), ("free", at("step", 4)),
     ("adam", at("state", 3)), ("adam", at("update", 5)),
     ("momentum", at("state", 3)), ("momentum", at("state", 4, True)),
+    ("plain", at("line", 1, True)), ("plain", at("line", 1)), ("plain", at("line", 5)), ("held out", at("line", 3)),
+    ("plain", at("publish", 1)), ("plain", at("cook", 1)),
 ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Publisher:
                 f"{workspace.folder}: holds the unfinished work of another run. Go on with that by "
                 f"`streamsoup soup --resume {self.path}`, remove it, or choose another place."
             )
-        finished = job_id is not None and not restart and (ours or workspace.is_published(job_id))
+        finished = job_id is not None and not restart and (ours or workspace.is_published_by(job_id))
         check_destination(
             workspace.destination,
             list(pool.checkpoints.values()),
@@ -95,7 +95,7 @@ class Publisher:
         document = json.dumps({"id": job_id, **result.to_json()}, indent=1)
         if workspace.is_of(job_id):
             resume(self.out, execution)
-        elif self.overwrite or not workspace.is_published(job_id):
+        elif self.overwrite or not workspace.is_published_by(job_id):
             cook(result.recipe, self.out, execution, Extras({LEARNED_NAME: document}, tuple(digests), job_id))
 
     @property

@@ -115,8 +115,9 @@ class StateFile:
         if folder is None:
             return Standing()
         if not holds_state(folder):  # nothing was learned that could be lost; but its soup may be in its place
-            if _read(folder).get("job") == json.loads(json.dumps(self._document["job"])):
-                self.id = self._document["id"] = str(_read(folder)["id"])
+            found = _read(folder)
+            if {**found, "id": None} == {**json.loads(json.dumps(self._document)), "id": None}:
+                self.id = self._document["id"] = str(found["id"])
             write_durably(folder / _JOB, json.dumps(self._document, indent=1))
             return Standing()
         try:
