@@ -146,7 +146,8 @@ def learn(
 
 
 def _refuse_one_shot(held_out: Iterable[Any] | None) -> None:
-    if held_out is not None and iter(held_out) is held_out:
+    # Of other iterables no iterator is made: that of a DataLoader draws the user's random numbers, or starts processes.
+    if isinstance(held_out, Iterator) and iter(held_out) is held_out:
         raise RecipeError(
             "held_out can be gone through only once, but is evaluated after each epoch. Give a list, or an iterable "
             "that can be begun anew."
@@ -182,9 +183,9 @@ class _Kitchen:
             if not keep:
                 remove_state(folder)
         finally:
-            os.close(fd)
             with contextlib.suppress(OSError):
-                folder.rmdir()  # only if it is empty
+                folder.rmdir()  # only if it is empty; before another process may have it
+            os.close(fd)
 
     def learn(
         self,

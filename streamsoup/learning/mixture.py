@@ -93,7 +93,7 @@ class Mixture:
     def settings(self) -> list[str]:
         """The optimiser's kind and numbers, in words: another optimiser does not go on with this one's state."""
         groups = [
-            ", ".join(f"{name}={value!r}" for name, value in sorted(group.items()) if name != "params")
+            ", ".join(f"{name}={_plain(value)!r}" for name, value in sorted(group.items()) if name != "params")
             for group in self._optimizer.param_groups
         ]
         return [type(self._optimizer).__qualname__, *groups]
@@ -189,3 +189,14 @@ class Mixture:
             if dot and stem == name:
                 value = array[rows] if array.ndim else array
                 self._optimizer.state[parameter][what] = torch.from_numpy(np.array(value))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain data; of an object that is none, its class, since its address is another in each process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if callable(getattr(value, "tolist", None)):
+        return value.tolist()
+    return type(value).__qualname__

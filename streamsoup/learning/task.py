@@ -92,8 +92,14 @@ def blaming(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batches_of(batches: Iterable[Any], what: str) -> Iterable[Any]:
-    """Return batches whose errors speak of them. A sequence stays one: its order is ours to choose."""
-    return batches if isinstance(batches, Sequence) else _Blamed(batches, what)
+    """Return batches whose errors speak of them.
+
+    A sequence stays one, since its order is ours to choose; and so does an iterator, which is gone through only once.
+    """
+    if isinstance(batches, Sequence):
+        return batches
+    blamed = _Blamed(batches, what)
+    return iter(blamed) if isinstance(batches, Iterator) else blamed
 
 
 class _Blamed:
