@@ -90,6 +90,8 @@ def choose_means(device: str, mode: str, workers: int | None, *, tensor_bytes: f
     of Python for each does: filling is done by readers, who share one slot's ingredients among them.
     """
     names, ahead = device_names(device), mode == "ahead"
+    if names == ("cpu",) and mode == "gds":
+        raise RecipeError("--read gds goes from storage to a GPU. Give --device cuda, or leave it out.")
     if names == ("cpu",):
         count = worker_count(workers, mode, tensor_bytes=tensor_bytes)
         return Means(workers=count, readers=READERS, staged=mode == "plain", locked=False, ahead=ahead)

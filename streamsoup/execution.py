@@ -29,7 +29,7 @@ class Execution:
         What may be taken of each device's own memory; None: half of what is free there.
     workers : int or None
         Threads; None: the cores, or more where the disk is waited for; on devices four for each.
-    read_mode : {"auto", "map", "ahead", "plain"}
+    read_mode : {"auto", "map", "ahead", "plain", "gds"}
     overwrite : bool
         Replace a soup that stands at the destination.
     keep : bool

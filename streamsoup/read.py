@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,8 @@ from streamsoup.maps import FileMap, address_of
 from streamsoup.open_files import OpenFiles
 from streamsoup.windows import Windows, window_bytes
 
-MODES = ("auto", "map", "ahead", "plain")
+_log = logging.getLogger(__name__)
+MODES = ("auto", "map", "ahead", "plain", "gds")
 RWF_DONTCACHE = 0x80  # Linux 6.14; Python has no name for it yet
 _PROBES = 512
 _WARM_SHARE = 0.98
@@ -40,7 +43,15 @@ _NETWORK = (
 
 
 class Source(Protocol):
-    """The bytes of one ingredient. Inherit from it: only `fetch` has no default."""
+    """The bytes of one ingredient. Inherit from it: only `fetch` has no default.
+
+    Attributes
+    ----------
+    delivers : bool
+        Whether bytes can be put into the memory of a device without the host's.
+    """
+
+    delivers: bool = False
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """Return the address of a part of a tensor: in `staging` if that is given, else in memory of the source.
@@ -64,6 +75,15 @@ class Source(Protocol):
         """Return a part of a tensor where it lies in the memory of a device: a uint8 tensor; None: it does not."""
         return None
 
+    def deliver(self, position: int, offset: int, nbytes: int, target: Any) -> None:
+        """Put a part of a tensor into memory of a device, a uint8 tensor; where the source `delivers`.
+
+        Raises
+        ------
+        IngredientReadError
+        """
+        return
+
     def load(self, position: int, offset: int, nbytes: int) -> None:
         """Read a part of a tensor that will soon be fetched, if that helps.
 
@@ -83,9 +103,10 @@ class Source(Protocol):
 
 
 def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
-    """Decide between ``map``, ``ahead`` (maps, read ahead and dropped behind) and ``plain``.
+    """Decide between ``map``, ``ahead`` (maps, read ahead and dropped behind), ``plain`` and ``gds``.
 
-    ``auto`` maps what lies on a local file system, and reads ahead unless a sample of pages is in the page cache.
+    ``gds`` reads straight into a GPU's memory; where kvikio is not installed it is ``auto``, with a warning. ``auto``
+    maps what lies on a local file system, and reads ahead unless a sample of pages is in the page cache.
 
     Raises
     ------
@@ -94,7 +115,9 @@ def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
     """
     if mode not in MODES:
         raise RecipeError(f"read mode {mode!r} is not one of {', '.join(MODES)}.")
-    if mode != "auto":
+    if mode == "gds" and importlib.util.find_spec("kvikio") is None:
+        _log.warning("kvikio is not installed: files are read by way of the host's memory.")
+    elif mode != "auto":
         return mode
     shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
     if any(_is_network(shard.path) for shard in {os.path.dirname(s.path): s for s in shards}.values()):
@@ -163,7 +186,7 @@ class MappedSource(Source):
                 try:
                     mapped = FileMap(file.path, file.size_bytes)
                 except OSError as error:
-                    raise _read_error(file, error) from error
+                    raise read_error(file, error) from error
                 self._maps[shard] = mapped
             return mapped
 
@@ -190,7 +213,7 @@ class AheadSource(MappedSource):
         try:
             self._windows_of(shard).load(begin, nbytes)
         except OSError as error:
-            raise _read_error(self._checkpoint.shards[shard], error) from error
+            raise read_error(self._checkpoint.shards[shard], error) from error
 
     def drop(self, position: int, offset: int, nbytes: int) -> None:
         """See `Source`."""
@@ -234,7 +257,7 @@ class PlainSource(Source):
             with self._files.borrow(file.path) as fd:
                 self._read(fd, int(self._table.begins[position]) + offset, staging[:nbytes])
         except OSError as error:
-            raise _read_error(file, error) from error
+            raise read_error(file, error) from error
         return address_of(staging)
 
     def _read(self, fd: int, offset: int, target: memoryview) -> None:
@@ -259,6 +282,10 @@ def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles, *, beside: 
     """Open the source of one ingredient, in a mode from `choose_mode`; `beside`: how many are read at once."""
     if mode == "map":
         return MappedSource(checkpoint)
+    if mode == "gds":
+        from streamsoup.storage import StorageSource
+
+        return StorageSource(checkpoint)
     if mode == "ahead":
         return AheadSource(checkpoint, files, window_bytes(beside))
     return PlainSource(checkpoint, files)
@@ -277,6 +304,7 @@ def open_sources(checkpoints: Sequence[Checkpoint], mode: str) -> Iterator[list[
         files.close()
 
 
-def _read_error(shard: Shard, error: OSError) -> IngredientReadError:
+def read_error(shard: Shard, error: OSError) -> IngredientReadError:
+    """Put an error of the system into words about the file that was read."""
     reason = error.strerror or str(error)
     return IngredientReadError(f"{shard.path}: cannot be read ({reason}). Check the file and its disk, then resume.")

@@ -262,8 +262,12 @@ class TileWork:
     def _fetch_operand(self, slot: Slot, ingredient: int, place: Place, *, staging_index: int) -> Any:
         """Bring an operand into reach, unless it lies on the slot's device."""
         if slot.device is not None:
-            there = self._sources[ingredient].resident(*place, slot.device)
+            source = self._sources[ingredient]
+            there = source.resident(*place, slot.device)
             if there is not None:
+                return there
+            if source.delivers and (there := slot.buffer(staging_index, place[2])) is not None:
+                source.deliver(*place, there)
                 return there
         return self._fetch(slot, ingredient, place, staging_index=staging_index)
 

@@ -20,7 +20,7 @@ FLOORS = """
     _version errors units dtypes kernels maps open_files threads labels layers strict_yaml ranks
     files recipe checkpoints methods measurement asked tiling device_share budget devices journal score rules
     align layout plan planner manifest mergekit_settings from_mergekit_config
-    windows read write backends companions outcome
+    windows read storage write backends companions outcome
     tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
     making

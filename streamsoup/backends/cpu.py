@@ -52,6 +52,10 @@ class CpuSlot:
         """See `Slot`."""
         return None if self._staging is None else self._staging[index][:nbytes].data
 
+    def buffer(self, index: int, nbytes: int) -> None:
+        """See `Slot`."""
+        return
+
     def output(self, nbytes: int) -> memoryview:
         """See `Slot`."""
         return self._output[:nbytes].data

@@ -128,6 +128,10 @@ class Slot(Protocol):
         """Return where to put the bytes of the group's `index`-th ingredient; None if an address will do."""
         ...
 
+    def buffer(self, index: int, nbytes: int) -> Any | None:
+        """Return memory of the device for the group's `index`-th ingredient; None: a buffer there is smaller."""
+        ...
+
     def output(self, nbytes: int) -> memoryview:
         """Return the output buffer, for tensors that are only copied."""
         ...

@@ -143,6 +143,14 @@ class TorchSlot:
         self._window = None
         return self._staging[index][:nbytes].numpy().data
 
+    def buffer(self, index: int, nbytes: int) -> torch.Tensor | None:
+        """See `Slot`. Between groups it waits until the buffer was computed with."""
+        if self._is_read:
+            self.ran.wait()
+        self._window = None
+        buffer = self._sources[index]
+        return buffer[:nbytes] if nbytes <= len(buffer) else None
+
     def output(self, nbytes: int) -> memoryview:
         """See `Slot`."""
         return self._output[:nbytes].numpy().data

@@ -33,7 +33,7 @@ def add_running_options(group: Any) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="worker threads (default: by cores and disk)")
     group.add_argument(
         "--read",
-        choices=("auto", "map", "ahead", "plain"),
+        choices=("auto", "map", "ahead", "plain", "gds"),
         help="map files, or read them plainly (default: map what is local, ahead where it is not cached)",
     )
 

@@ -99,7 +99,12 @@ def _reading(plan: Plan) -> str:
     return "once" if plan.bytes_to_read == once else f"{plan.bytes_to_read / once:.3g} times over"
 
 
-_READ_WORDS = {"map": "mapped files", "ahead": "mapped files, read ahead", "plain": "plain reads"}
+_READ_WORDS = {
+    "map": "mapped files",
+    "ahead": "mapped files, read ahead",
+    "plain": "plain reads",
+    "gds": "from storage to the device",
+}
 
 
 def print_result(result: SoupResult, args: argparse.Namespace) -> None:
@@ -124,3 +129,14 @@ def print_result(result: SoupResult, args: argparse.Namespace) -> None:
         f"  peak memory {format_binary(result.measured_peak_bytes)} "
         f"(projected {format_binary(result.projected_peak_bytes)})"
     )
+    if args.read == "gds":
+        print(f"  files: {_way(result.read_mode)}")
+
+
+def _way(mode: str) -> str:
+    """Say how files were read, of those who asked for another way."""
+    if mode != "gds":
+        return f"{_READ_WORDS[mode]}, since kvikio is not installed"
+    from streamsoup.storage import way_in_words
+
+    return way_in_words()
