@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         guard.speak_as(args.rank)
         if args.command not in _SHARED:
             if args.rank == 0:
-                guard.say(f"streamsoup {args.command} runs in one process. Start it without torchrun.")
+                guard.say(f"`{args.command}` runs in one process. Start it without torchrun.")
             return 2
     return guard.run_command(args)
 
