@@ -105,7 +105,8 @@ def combine(
 
     Notes
     -----
-    Memory: 8 bytes for each source and block of 2,048 elements, and 40 bytes a source, of which 24 are page-locked.
+    Memory: 48 bytes a source, of which 24 are page-locked. All of it is allocated before `out` is changed: who runs out
+    of memory may call again, also where `out` is a source.
     Each byte of a source is read once, each of the output written once. Source: own.
     """
     elements = sources[0].numel() // ITEMSIZE[codes[0]]
@@ -119,13 +120,11 @@ def combine(
     if goal is None or goal.data_ptr() % size or goal.storage_offset() % size:
         goal = torch.empty(elements * size, dtype=torch.uint8, device=device)
     counts = torch.zeros(n + 1, dtype=torch.int64, device=device)
-    # A source that is not digested leaves its column as it is.
-    rows = blocks if any(hashed) else 1
-    parts = (torch.empty if all(hashed) else torch.zeros)((rows, n), dtype=torch.int64, device=device)
+    digests = torch.zeros(n, dtype=torch.int64, device=device)
     with LOCK, torch.cuda.device_of(goal):  # type: ignore[no-untyped-call]
         _kernel()[(blocks,)](
             table_of(sources, weights, divisor, elements, first_block, hashed),
-            goal.view(_UNSIGNED[size]), counts, parts, n,
+            goal.view(_UNSIGNED[size]), counts, digests, n,
             FIRST=int(codes[0]), REST=int(codes[-1]), OUT=int(out_code),
             FIRST_HASHED=bool(hashed[0]), REST_HASHED=any(hashed[1:]), WHOLE=elements % BLOCK == 0,
             **_options(),
@@ -134,7 +133,7 @@ def combine(
         out = goal
     elif out is not goal:
         out.copy_(goal)
-    return out, parts.sum(0), counts[1:], counts[0]
+    return out, digests, counts[1:], counts[0]
 
 
 @cache

@@ -82,7 +82,8 @@ def _take(words, table, k, here, count, found, digests, CODE: tl.constexpr, HASH
             product = tl.where(number < (count * size + 7) // 8, product, 0)
         s1, s2, total = tl.reduce((product, words, counters), 0, _add_three)
         digest = _mix(s1 ^ _mix(s2 + here * _M1))
-        tl.store(digests + k, digest.to(tl.int64, bitcast=True), mask=tl.load(row + 2) != 0)
+        wanted = tl.load(row + 2) != 0
+        tl.atomic_add(digests + k, digest.to(tl.int64, bitcast=True), mask=wanted, sem="relaxed")
     else:
         total = tl.sum(counters, 0)
     nonfinite = count_flags(total, CODE)
@@ -114,8 +115,8 @@ def combine_blocks(
     found : pointer to int64
         Changed: the outputs that are not finite although all sources are are added to the first number, and to the
         next N the elements of each source that are not finite.
-    digests : pointer to int64, shape (blocks, N)
-        Changed: where a source is to be digested, the digest of each block.
+    digests : pointer to int64, shape (N,)
+        Changed: where a source is to be digested, the digests of its blocks are added.
     n : int
         At least 1.
     FIRST, REST, OUT : codes
@@ -135,7 +136,6 @@ def combine_blocks(
     block = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.load(table) - block * _BLOCK, _BLOCK)
     here = (tl.load(table + 1) + block + 1).to(tl.uint64, bitcast=True)
-    digests += block * n
     first = _load(table, 0, n, block, count, FIRST, WHOLE)
     ahead = _load(table, 1, n, block, count, REST, WHOLE)
     total, marks = _take(first, table, 0, here, count, found, digests, FIRST, FIRST_HASHED, WHOLE)

@@ -20,7 +20,7 @@ from streamsoup.checkpoints import (
     open_checkpoints,
 )
 from streamsoup.devices import choose_means
-from streamsoup.errors import ChangedIngredientError, DestinationError, ResumeError
+from streamsoup.errors import ChangedIngredientError, DestinationError, RankError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
 from streamsoup.making import NO_EXTRAS, Extras, Making, keep_or_remove
@@ -267,7 +267,7 @@ def cook(recipe: Recipe, out: str | Path, execution: Execution, extras: Extras =
     """
     began = time.perf_counter()
     with join_ranks(execution.distributed) as ranks:
-        return ranks.fold(lambda: _cook(ranks, recipe, out, execution, extras, began), keep_first)
+        return ranks.telling(lambda: _cook(ranks, recipe, out, execution, extras, began))
 
 
 def _cook(
@@ -278,7 +278,7 @@ def _cook(
     workspace = Workspace(destination_of(out))
     backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
     plan, execution = _plan_together(ranks, recipe, out, execution)
-    backend.shares(plan.tiling, plan.needs)  # is there room?
+    ranks.fold(lambda: len(backend.shares(plan.tiling, plan.needs)), keep_first)  # is there room, on every rank?
 
     def begin() -> dict[str, Any]:
         if execution.restart:
@@ -297,7 +297,12 @@ def _cook(
         workspace.create()
         return job
 
-    job = ranks.first(begin)
+    try:
+        job = ranks.first(begin)
+    except RankError:  # another one failed meanwhile
+        if workspace.is_ours:
+            workspace.remove()
+        raise
     with _kept_by_first(ranks, workspace, execution):
         ranks.first(lambda: workspace.write_job(job))
         if not ranks.is_first:
@@ -311,7 +316,7 @@ def _kept_by_first(ranks: Ranks, workspace: Workspace, execution: Execution) -> 
 
 def _expect_same(workspace: Workspace, plan: Plan, job: Mapping[str, Any]) -> None:
     """Check that a rank sees the first one's work, and the same ingredients."""
-    if workspace.read_job()["id"] != job["id"]:
+    if not workspace.shows(job["id"]):
         raise DestinationError(
             f"{workspace.folder}: is not what rank 0 has there. The soup must go to a file system that all ranks share."
         )
@@ -341,7 +346,7 @@ def resume(out: str | Path, execution: Execution | None = None, *, nonfinite: st
     began = time.perf_counter()
     execution = execution or Execution()
     with join_ranks(execution.distributed) as ranks, Workspace(destination_of(out)) as workspace:
-        return ranks.fold(lambda: _resume(ranks, workspace, execution, nonfinite, began), keep_first)
+        return ranks.telling(lambda: _resume(ranks, workspace, execution, nonfinite, began))
 
 
 def _resume(

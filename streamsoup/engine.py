@@ -7,6 +7,7 @@ One more thread makes finished tiles durable and only then enters them into the 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import threading
 import time
@@ -94,13 +95,10 @@ class Engine:
         """Take in what an earlier run finished; returns it by tensor, as `Plan.tiles` wants it."""
         done: dict[int, list[tuple[int, int]]] = {}
         for record in records:
+            if not _take(done.setdefault(record.tensor, []), record.start, record.elements):
+                continue  # two processes did it: it counts once
             self.outcome.add(record)
             self._already_bytes += record.elements * int(self._plan.bytes_each[record.tensor])
-            ranges = done.setdefault(record.tensor, [])
-            if ranges and sum(ranges[-1]) == record.start:  # tiles come nearly in order: few ranges are left
-                ranges[-1] = ranges[-1][0], ranges[-1][1] + record.elements
-            else:
-                ranges.append((record.start, record.elements))
         return done
 
     def run(self, tiles: Iterable[Tile], rules: Mapping[int, Rule] | None = None, *, again: bool = False) -> Outcome:
@@ -245,3 +243,17 @@ class Engine:
             self._report(stage)
         except Exception as error:
             self._fail(error)
+
+
+def _take(ranges: list[tuple[int, int]], start: int, elements: int) -> bool:
+    """Add a range to sorted ones; False if it overlaps one of them. Tiles come nearly in order: few ranges are left."""
+    place = bisect.bisect_left(ranges, (start, 0))
+    if place < len(ranges) and ranges[place][0] < start + elements:
+        return False
+    if place and sum(ranges[place - 1]) > start:
+        return False
+    if place and sum(ranges[place - 1]) == start:
+        ranges[place - 1] = ranges[place - 1][0], ranges[place - 1][1] + elements
+    else:
+        ranges.insert(place, (start, elements))
+    return True

@@ -106,6 +106,21 @@ def lock_folder(folder: Path) -> int:
     return fd
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked a file; see `streamsoup.journal.Journal`."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
 def require_space_at(needs: Iterable[tuple[Path, int]]) -> None:
     """Check that there is room in several places; what lies on one file system is added up.
 

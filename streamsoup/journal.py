@@ -6,6 +6,8 @@ durable, so what a journal says is true even after a power cut; a torn last fram
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import os
 import struct
@@ -57,12 +59,17 @@ class Journal:
     path : Path
     durable : bool
         Wait for the disk at each append.
+    locked : bool
+        Say to others, as long as it is open, that somebody appends.
     """
 
-    def __init__(self, path: Path, *, durable: bool = True) -> None:
+    def __init__(self, path: Path, *, durable: bool = True, locked: bool = False) -> None:
         self._path = path
         self._durable = durable
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if locked:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def read(self) -> Iterator[TileRecord]:
         """Yield all records, one frame in memory at a time; a torn tail is cut off when its place is reached."""

@@ -86,7 +86,7 @@ class Making:
     def run(self) -> SoupResult:
         """Make the soup; each rank does its share, and the first one the rest."""
         outcome, peak_bytes = self.ranks.fold(self._share, _joined)
-        return self.ranks.first(lambda: self._publish(outcome, peak_bytes))
+        return self.ranks.finish(lambda: self._publish(outcome, peak_bytes))
 
     def _share(self) -> tuple[Outcome, int]:
         """Reduce this rank's share; returns what was found, and the bytes that were owned at most."""
@@ -141,7 +141,9 @@ class Making:
             sources = stack.enter_context(open_sources(plan.checkpoints, self.mode))
             begun = ranks.first(lambda: self._recheck(sources))
             sink = self._open_sink(stack, begun=begun)
-            journal = stack.enter_context(Journal(workspace.journal_path(ranks.number), durable=execution.durable))
+            journal = stack.enter_context(
+                Journal(workspace.journal_path(ranks.number), durable=execution.durable, locked=True)
+            )
             engine = Engine(
                 plan,
                 self.backend,

@@ -59,6 +59,14 @@ class Ranks:
         """
         return function()
 
+    def telling(self, function: Callable[[], T]) -> T:
+        """Call a function that joins the other ranks; if it fails here, they are told why where they join next."""
+        return function()
+
+    def finish(self, function: Callable[[], T]) -> T:
+        """Do as `first`, for the last time: rank 0 listens to nobody any more, and what it has done is done."""
+        return function()
+
     def first(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0, and return its result everywhere.
 
@@ -113,7 +121,7 @@ class ProcessGroup(Ranks):
         import torch.distributed as dist
 
         self._group = group
-        self._broken = False
+        self._silent = False
         self.number, self.count = dist.get_rank(group), dist.get_world_size(group)
         self._names = [f"rank {number}" for number in range(self.count)]
         mine = {self.number: f"rank {self.number} ({socket.gethostname()}, process {os.getpid()})"}
@@ -123,28 +131,61 @@ class ProcessGroup(Ranks):
 
     def fold(self, function: Callable[[], T], add: Callable[[T, T], T]) -> T:
         """See `Ranks`."""
+        value = self.telling(function)
+        # What interrupts an exchange of messages leaves nobody to talk to: the others notice by the connection.
+        self._silent = True
+        found = self._collect(value, add) if self.is_first else self._report(value)
+        self._silent = False
+        return found
+
+    def telling(self, function: Callable[[], T]) -> T:
+        """See `Ranks`."""
+        try:
+            return function()
+        except BaseException as error:
+            if not self._silent:
+                self._silent = True
+                self._give_up(error)
+            raise
+
+    def finish(self, function: Callable[[], T]) -> T:
+        """See `Ranks`."""
+        self._silent = True
+        if not self.is_first:
+            answer: T = self._answer()
+            return answer
         try:
             value = function()
         except BaseException as error:
-            if not self._broken:
-                self._broken = True
-                self._give_up(error)
+            self._tell_all(("failed", self._failure(error)))
             raise
-        return self._collect(value, add) if self.is_first else self._report(value)
+        self._tell_all(("found", value))
+        return value
 
     def _report(self, value: T) -> T:
         """Send what was found here to rank 0, and receive what came of it."""
         try:
             self._send(("found", value), 0)
+        except RuntimeError as error:
+            raise self._gone(0) from error
+        answer: T = self._answer()
+        return answer
+
+    def _answer(self) -> Any:
+        """Receive what rank 0 has to say."""
+        try:
             kind, answer = self._receive(0)
         except RuntimeError as error:
-            self._broken = True
-            raise RankError(f"{self._names[0]} has died; work that was finished is kept.") from error
+            raise self._gone(0) from error
         if kind == "failed":
-            self._broken = True
             raise RankError(str(answer))
-        result: T = answer
-        return result
+        return answer
+
+    def _gone(self, number: int) -> RankError:
+        return RankError(f"{self._names[number]} has died; work that was finished is kept.")
+
+    def _failure(self, error: BaseException) -> str:
+        return f"{self._names[self.number]} failed: {str(error) or type(error).__name__}"
 
     def _collect(self, value: T, add: Callable[[T, T], T]) -> T:
         """Receive what the others found, and send them what came of it."""
@@ -156,7 +197,6 @@ class ProcessGroup(Ranks):
             elif not failures:
                 value = add(value, found)
         if failures:
-            self._broken = True
             self._tell_all(("failed", failures[0]))
             raise RankError(failures[0])
         self._tell_all(("found", value))
@@ -166,7 +206,7 @@ class ProcessGroup(Ranks):
         try:
             found: tuple[str, Any] = self._receive(number)
         except RuntimeError:
-            return "failed", f"{self._names[number]} has died; work that was finished is kept."
+            return "failed", str(self._gone(number))
         return found
 
     def _tell_all(self, message: tuple[str, Any]) -> None:
@@ -176,7 +216,7 @@ class ProcessGroup(Ranks):
 
     def _give_up(self, error: BaseException) -> None:
         """Tell all ranks why this one fails."""
-        message = "failed", f"{self._names[self.number]} failed: {str(error) or type(error).__name__}"
+        message = "failed", self._failure(error)
         if not self.is_first:
             with contextlib.suppress(RuntimeError):
                 self._send(message, 0)
@@ -239,14 +279,24 @@ def join_ranks(distributed: bool) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+_SIGNS = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "GROUP_RANK")
+
+
 def is_rank() -> bool:
-    """Whether torchrun started this very process as one of several, and not a process that it started."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ:
+    """Whether torchrun started this very process as one of several, and not a process that it started.
+
+    Such a process has the same variables as its parent; torchrun has not, though it may have been given a rank itself.
+    """
+    if not os.environ.get("WORLD_SIZE", "").isdigit() or int(os.environ["WORLD_SIZE"]) < 2:
+        return False
+    if not os.environ.get("RANK", "").isdigit():
         return False
     if not sys.platform.startswith("linux"):
         return True
     try:
         with open(f"/proc/{os.getppid()}/environ", "rb") as file:
-            return not any(entry.startswith(b"RANK=") for entry in file.read().split(b"\0"))
+            pairs = [entry.partition(b"=") for entry in file.read().split(b"\0")]
     except OSError:
         return True
+    theirs = {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    return any(theirs.get(name) != os.environ.get(name) for name in _SIGNS)

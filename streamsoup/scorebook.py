@@ -131,8 +131,8 @@ class ScoreBook:
         news = {p: d for p, d in content_digests.items() if self.content_digests.get(p) != d}
         self.content_digests |= news
         key = self.key(members)
-        self._keep(key, way, entry)
         if self.path is None:
+            self._keep(key, way, entry)
             return
         row = {
             "key": key,
@@ -150,3 +150,4 @@ class ScoreBook:
                 append_whole(fd, json.dumps(row).encode() + b"\n")
             finally:
                 os.close(fd)
+        self._keep(key, way, entry)  # no sooner: what decides is on the disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,14 @@ class MemorySink(Sink):
         self.room(tensor, offset, len(buffer))[:] = buffer
 
 
+def wait_for_caller(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait for what the calling thread has queued on the GPUs of some tensors: other threads work on other streams."""
+    import torch
+
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
 class ModuleSink(Sink):
     """Writes into the parameters and buffers of a torch module. See `Sink`.
 
@@ -92,6 +101,7 @@ class ModuleSink(Sink):
         if problems:
             raise MismatchError(problems)
         self._plan = plan
+        wait_for_caller(state.values())
         self._targets = [state[n].detach().view(-1) if n in state else None for n in table.names]
         self._rooms = [self._whole_room(position) for position in range(len(table))]
 

@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,14 @@ from typing import Any
 
 from streamsoup.checkpoints import Checkpoint
 from streamsoup.errors import DestinationError, ResumeError
-from streamsoup.files import lock_folder, sync, write_durably
+from streamsoup.files import is_locked, lock_folder, sync, write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
 from streamsoup.write import move_file, move_folder
 
 FILE_SUFFIX = ".safetensors"
 JOB_FORMAT = 2
 _NAMES = {"soup", "journal", "job.json", ".job.json.new"}  # all that we put into a workspace, but for
+_SHOWN_SECONDS = 5.0
 _JOURNAL = re.compile(r"journal(-\d+)?")
 _JOB_KEYS = {"id", "recipe", "fingerprint", "overwrite", "boot", "identities", "extras"}
 
@@ -199,6 +202,10 @@ class Workspace:
         if not self.exists:
             raise self._nothing_here()
         fd = lock_folder(self.folder)
+        # Another rank of an earlier run may be at work still, though its first one has gone.
+        if at_work := next((path for path in self.journals() if is_locked(path)), None):
+            os.close(fd)
+            raise ResumeError(f"{at_work}: another process is at work on it. Wait until it ends.")
         self._lock = fd
 
     def __enter__(self) -> Workspace:
@@ -206,6 +213,11 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this very object has taken the folder."""
+        return self._lock is not None
 
     @property
     def is_held(self) -> bool:
@@ -245,6 +257,18 @@ class Workspace:
             return bool(found["extras"]["owner"] == owner)
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def shows(self, job_id: str) -> bool:
+        """Whether this job is seen here, by a process that only looks; network file systems may take a while."""
+        until = time.monotonic() + _SHOWN_SECONDS
+        while True:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                document = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+                if document["id"] == job_id:
+                    return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
 
     def write_job(self, job: dict[str, Any]) -> None:
         """Write down what is being made."""

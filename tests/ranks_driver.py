@@ -6,6 +6,7 @@ python ranks_driver.py JOBS.json ANSWERS      (RANK, WORLD_SIZE, MASTER_ADDR and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from unittest.mock import patch
 from dying import die_at
 
 import streamsoup
-from streamsoup import cook, journal, making, side_files, tiling, workspace, write
+from streamsoup import cook, journal, making, ranks, side_files, tiling, workspace, write
 from streamsoup.execution import Execution
 
 POINTS = {
@@ -29,7 +30,21 @@ POINTS = {
     "side files": (side_files, "write_durably"),
     "publish": (workspace.Workspace, "publish"),
     "plan": (cook, "make_plan"),
+    "finish": (ranks.ProcessGroup, "finish"),
 }
+
+
+def interrupt(number):
+    """Have Ctrl-C arrive right after the n-th message has."""
+    real, calls = ranks.ProcessGroup._receive, itertools.count(1)
+
+    def receive(self, source):
+        message = real(self, source)
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return message
+
+    ranks.ProcessGroup._receive = receive
 
 
 def small_tiles(blocks):
@@ -47,6 +62,8 @@ def do(job):
     die = job.get("die")
     if die and die["rank"] == rank:
         die_at(*POINTS[die["point"]], die["number"], die["before"])
+    if job.get("interrupt") and job["interrupt"]["rank"] == rank:
+        interrupt(job["interrupt"]["number"])
     shares = []
     with small_tiles(job.get("blocks", 8)):
         if job.get("here"):

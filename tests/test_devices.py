@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from device_pools import COUNT, budget_for, same, write_runs
+from factory import realistic, weights_bytes, write_checkpoint
 from fake_lanes import Lane, LateLanes, NarrowLanes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -424,3 +425,21 @@ def test_means_of_devices():
     assert choose_means("cuda:0,cuda:1", "map", 1, tensor_bytes=1e6)["workers"] == 2
     cpu = choose_means("cpu", "map", 3, tensor_bytes=1e6)
     assert cpu == {"workers": 3, "readers": READERS, "staged": False, "locked": False, "ahead": False}
+
+
+@pytest.mark.parametrize("method", ["karcher", "model_stock", "geometric_median", "multislerp"])
+def test_what_was_looked_at_is_not_taken_for_another_piece(tmp_path, monkeypatch, method):
+    """A tensor in one tile that goes through the device in pieces: the last one looked at is not the first combined."""
+    shapes = {"w": (30 * BLOCK_ELEMENTS - 7,)}
+    paths = [str(write_checkpoint(tmp_path / f"run{i}", realistic(i, shapes, "F32"))) for i in range(4)]
+    options = {"method": method, "workers": 1, **({"base": paths[3]} if method == "model_stock" else {})}
+    streamsoup.soup(paths[:3], tmp_path / "cpu", **options)
+    real = share_device
+    for blocks in (8, 15, 16, 24, 32):
+
+        def share(*given, blocks=blocks, **named):
+            return dataclasses.replace(real(*given, **named), piece_elements=blocks * BLOCK_ELEMENTS)
+
+        monkeypatch.setattr(cuda, "share_device", share)
+        streamsoup.soup(paths[:3], tmp_path / str(blocks), device="torch:cpu", **options)
+        assert weights_bytes(tmp_path / str(blocks)) == weights_bytes(tmp_path / "cpu"), blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,15 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factory import realistic, weights_bytes, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks_driver import small_tiles
 
 import streamsoup
-from streamsoup import merging
+from streamsoup import cook, merging
 from streamsoup.cook import plan_soup
-from streamsoup.errors import RecipeError
+from streamsoup.engine import _take
+from streamsoup.errors import RankError, RecipeError, ResumeError
 from streamsoup.execution import Execution
+from streamsoup.journal import Journal
 from streamsoup.ranks import ALONE, Ranks, join_ranks
 from streamsoup.recipe import make_recipe
+from streamsoup.write import FileSink
 
 DRIVER = Path(__file__).resolve().parent / "ranks_driver.py"
 SHAPES = {"layers.0.w": (70, 1300), "layers.1.w": (40, 3, 5, 7), "layers.2.w": (90_000,), "head.w": (33, 1001)}
@@ -227,6 +233,98 @@ def test_killed_anywhere_any_number_of_ranks_goes_on_to_the_same_bits(tmp_path, 
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_between_two_messages_ends_all(tmp_path, runs, rank, number):
+    """Whoever was interrupted in an exchange says nothing more: it once spoke out of turn, and all waited for ever."""
+    job = job_of(runs, METHODS["weighted"], tmp_path / "soup")
+    job["interrupt"] = {"rank": rank, "number": number}
+    answers, _ = run_ranks(tmp_path, [job], 2)
+    assert answers[rank][0]["error"] == "KeyboardInterrupt", answers
+    assert answers[1 - rank][0]["error"] == "RankError", answers
+    assert f"rank {rank}" in answers[1 - rank][0]["said"]
+
+
+def test_a_soup_that_is_in_its_place_is_a_success_whoever_dies_then(tmp_path, runs):
+    job = job_of(runs, METHODS["weighted"], tmp_path / "soup")
+    job["die"] = {"rank": 1, "point": "finish", "number": 1, "before": True}
+    answers, codes = run_ranks(tmp_path, [job], 2)
+    assert codes == [0, -signal.SIGKILL]
+    assert answers[0][0]["path"] == str(tmp_path / "soup")
+    assert not (tmp_path / "soup.partial").exists()
+
+
+class Failing(Ranks):
+    """Ranks of which another fails while this one begins."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def first(self, function):
+        self.calls += 1
+        value = function()
+        if self.calls == 2:
+            raise RankError("rank 1 has died")
+        return value
+
+
+def test_a_failure_of_another_while_the_work_begins_leaves_nothing(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(cook, "join_ranks", lambda _: contextlib.nullcontext(Failing()))
+    for _ in range(2):
+        with pytest.raises(RankError):
+            streamsoup.soup(runs, tmp_path / "soup")
+        assert not (tmp_path / "soup.partial").exists()
+    monkeypatch.undo()
+    streamsoup.soup(runs, tmp_path / "soup")
+
+
+def interrupted(tmp_path, runs, monkeypatch, *, after):
+    """Leave unfinished work after some tiles."""
+    real, calls = FileSink.write, [0]
+
+    def write(self, *arguments):
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError("stop")
+        real(self, *arguments)
+
+    with monkeypatch.context() as patch, small_tiles(2):
+        patch.setattr(FileSink, "write", write)
+        with pytest.raises(OSError, match="stop"):
+            streamsoup.soup(runs, tmp_path / "soup", workers=1)
+
+
+def test_tiles_that_two_ranks_finished_count_once(tmp_path, runs, monkeypatch):
+    interrupted(tmp_path, runs, monkeypatch, after=12)
+    partial = tmp_path / "soup.partial"
+    (partial / "journal-1").write_bytes((partial / "journal").read_bytes())
+    streamsoup.resume(tmp_path / "soup")
+    streamsoup.soup(runs, tmp_path / "alone")
+    manifests = [json.loads((tmp_path / name / "streamsoup.json").read_text()) for name in ("soup", "alone")]
+    assert manifests[0]["ingredients"] == manifests[1]["ingredients"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=30))
+def test_ranges_are_taken_once(tiles):
+    ranges, taken = [], set()
+    for start, elements in tiles:
+        mine = set(range(start, start + elements))
+        assert _take(ranges, start, elements) is not bool(mine & taken)
+        taken |= set() if mine & taken else mine
+    assert taken == {i for start, elements in ranges for i in range(start, start + elements)}
+    assert ranges == sorted(ranges)
+
+
+def test_work_at_which_a_rank_still_is_cannot_be_gone_on_with(tmp_path, runs, monkeypatch):
+    interrupted(tmp_path, runs, monkeypatch, after=3)
+    with Journal(tmp_path / "soup.partial" / "journal-1", locked=True):
+        with pytest.raises(ResumeError, match="another process is at work"):
+            streamsoup.resume(tmp_path / "soup")
+        with pytest.raises(ResumeError, match="another process is at work"):
+            streamsoup.soup(runs, tmp_path / "soup", restart=True)
+    streamsoup.resume(tmp_path / "soup")
+
+
 def test_without_torchrun_there_is_a_sentence(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -269,12 +367,24 @@ import os, subprocess, sys
 child = [sys.executable, "-c", "from streamsoup.ranks import is_rank; print(is_rank())"]
 print(subprocess.run(child, env={**os.environ, **RANK}, capture_output=True, text=True, check=True).stdout)
 """
+_OF_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
 
 
-@pytest.mark.parametrize(("parent", "expected"), [({}, "True"), ({"RANK": "0", "WORLD_SIZE": "2"}, "False")])
-def test_a_program_that_a_rank_starts_is_no_rank(parent, expected):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    code = _PARENT.replace("RANK", repr({"RANK": "0", "WORLD_SIZE": "2"}))
+@pytest.mark.parametrize(
+    ("parent", "child", "expected"),
+    [
+        ({}, _OF_TORCHRUN, "True"),
+        (_OF_TORCHRUN, {}, "False"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, _OF_TORCHRUN, "True"),  # a launcher that was given a rank itself
+        ({"RANK": "0", "WORLD_SIZE": "2"}, {}, "False"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "2"}, "True"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "1"}, "False"),
+        ({}, {"RANK": "", "WORLD_SIZE": ""}, "False"),
+    ],
+)
+def test_a_program_that_a_rank_starts_is_no_rank(parent, child, expected):
+    env = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
+    code = _PARENT.replace("RANK}", f"{child!r}}}").replace("**{", "**{")
     done = subprocess.run(
         [sys.executable, "-c", code], env={**env, **parent}, capture_output=True, text=True, check=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from factory import fine_tunes, write_checkpoint
 
 from streamsoup.checkpoints import identify, identity_key, identity_to_json, open_checkpoints
+from streamsoup.errors import DiskSpaceError
 from streamsoup.score import Scores
 from streamsoup.scorebook import Entry, ScoreBook
 from streamsoup.sums import Member
@@ -79,6 +81,19 @@ def test_a_score_is_durable_when_enter_returns(tmp_path, monkeypatch):
         book.enter((A, Member("b", number + 1.0)), entry(0.5))
         assert synced[-1] == (tmp_path / "scores.jsonl").stat().st_size
     assert len(synced) == 3
+
+
+def test_a_score_that_could_not_be_written_is_none(tmp_path, monkeypatch):
+    book = ScoreBook(tmp_path / "scores.jsonl", NAMES)
+
+    def full(fd):
+        assert book.look((A,)) is None, "it does not decide before it is on the disk"
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(DiskSpaceError):
+        book.enter((A,), entry(0.5))
+    assert book.find((A,)) is None
 
 
 @pytest.mark.parametrize("place", [None, "file"])

@@ -44,6 +44,9 @@ class TorchBackend:
 
     def __init__(self, devices: Sequence[str], budget_bytes: int | None = None) -> None:
         self._lanes = [_open(device) for device in devices]
+        known = [lanes.device for lanes in self._lanes if lanes.device.type != "cpu"]
+        if len(set(known)) < len(known):
+            raise RecipeError(f"device {','.join(devices)!r}: names one device twice. Name it once.")
         self._budgets = [budget_bytes or _default_budget(lanes) for lanes in self._lanes]
         self._held_bytes = 0
         self._next = itertools.cycle(range(len(self._lanes)))
@@ -114,8 +117,7 @@ def _default_budget(lanes: Lanes) -> int:
 
 def _open(name: str) -> Lanes:
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device  # with its number: cuda is not equal to cuda:0
         return open_lanes(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

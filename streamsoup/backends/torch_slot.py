@@ -175,7 +175,8 @@ class TorchSlot:
         target = into if group.is_last and isinstance(into, torch.Tensor) else None
         for begin in range(0, elements, self._piece):
             count = min(self._piece, elements - begin)
-            if self._window != (begin, begin + count):  # else it was looked at before
+            if self._window != (begin, begin + count):  # else it was looked at before, and is still there
+                self._window = None
                 self._lift(held, group.itemsizes, begin, count)
             self._reduce(group, held, target, begin, count, first_block + begin // BLOCK_ELEMENTS)
             if group.is_last:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     args = parser.parse_args(given)
-    args.rank = _rank()
+    args.rank = _rank(insisted=getattr(args, "distributed", False))
     if args.rank is not None:
         guard.speak_as(args.rank)
         if args.command not in _SHARED:
@@ -51,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guard.run_command(args)
 
 
-def _rank() -> int | None:
+def _rank(*, insisted: bool) -> int | None:
     """Which of torchrun's processes this is, if it is one."""
+    if insisted:
+        return int(os.environ.get("RANK") or 0)
     if "WORLD_SIZE" not in os.environ:
         return None
     from streamsoup.ranks import is_rank

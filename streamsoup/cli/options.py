@@ -43,6 +43,11 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to make it (changes no bit of the result)")
     add_running_options(how)
     how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
+    how.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of torchrun's processes, though a script between them started it",
+    )
     how.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
     how.add_argument(
         "--no-sync", action="store_true", help="do not wait for the disk: a crash of the machine may damage the soup"

@@ -17,6 +17,7 @@ from streamsoup.errors import MismatchError, NonFiniteError, RecipeError
 from streamsoup.maps import address_of
 from streamsoup.plan import Plan
 from streamsoup.read import Source
+from streamsoup.sinks import wait_for_caller
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +200,7 @@ class Gradient(Source):
 
     def __init__(self, gradients: Mapping[int, torch.Tensor]) -> None:
         self._there = {tensor: _dense(gradient.detach()).contiguous() for tensor, gradient in gradients.items()}
+        wait_for_caller(self._there.values())
         self._here: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ import torch
 from streamsoup.kernels import triton_combine
 
 HERE = Path(__file__).resolve().parent
-CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction", "gram", "soup")
+CHECKS = ("pairs", "sizes", "patterns", "rounding", "places", "mixtures", "contraction", "gram", "memory", "soup")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 

@@ -181,6 +181,41 @@ def gram():
     assert torch.equal(found, torch_measuring.gram(rows, None))
 
 
+def memory():
+    """A fold in place that runs out of memory has changed nothing, wherever it does: it can be done again."""
+    tensor, real = torch.Tensor, {name: getattr(torch, name) for name in ("zeros", "empty", "from_numpy")}
+    real |= {f"Tensor.{name}": getattr(tensor, name) for name in ("sum", "clone", "to", "new_empty", "new_zeros")}
+
+    def failing(left, function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise torch.OutOfMemoryError("pretended")
+            return function(*arguments, **options)
+
+        return call
+
+    for number in range(1, 12):
+        total = torch.ones(BLOCK, dtype=torch.float64, device=DEVICE).view(torch.uint8)
+        more = torch.full((BLOCK,), 2.0, device=DEVICE).view(torch.uint8)
+        left, failed = [number], 0
+        for name, function in real.items():
+            setattr(tensor if "." in name else torch, name.removeprefix("Tensor."), failing(left, function))
+        try:
+            for _ in range(2):
+                try:
+                    triton_combine.combine([total, more], [F64, F32], [1.0, 1.0], 1.0, 0, F64, [False, True], out=total)
+                    break
+                except torch.OutOfMemoryError:
+                    failed += 1
+        finally:
+            for name, function in real.items():
+                setattr(tensor if "." in name else torch, name.removeprefix("Tensor."), function)
+        assert (total.view(torch.float64) == 3.0).all(), number
+        if number == 1:
+            assert failed
+
+
 def soup():
     """The engine's tiles go through the kernel, from several threads, and in groups that carry a partial sum."""
     from factory import realistic, same_bits, write_checkpoint
