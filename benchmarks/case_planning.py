@@ -13,7 +13,7 @@ from measure import summary
 _PLAN = """
 import sys, time, json
 from streamsoup.budget import owned_bytes
-from streamsoup.cook import plan_soup
+from streamsoup.soup_plan import plan_soup
 from streamsoup.execution import Execution
 from streamsoup.recipe import make_recipe
 import numpy, psutil, yaml, natsort

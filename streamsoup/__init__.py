@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from streamsoup.candidate import Candidate as Candidate
     from streamsoup.comparison import Comparison as Comparison
     from streamsoup.comparison import compare as compare
-    from streamsoup.cook import plan_soup as plan_soup
     from streamsoup.cook import resume as resume
     from streamsoup.cook import soup as soup
     from streamsoup.errors import StreamsoupError as StreamsoupError
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from streamsoup.recipe import Recipe as Recipe
     from streamsoup.recipe import read_recipe as read_recipe
     from streamsoup.sliding import sliding_averages as sliding_averages
+    from streamsoup.soup_plan import plan_soup as plan_soup
     from streamsoup.sums import RunningSoup as RunningSoup
     from streamsoup.sweeping import sweep as sweep
 
@@ -53,7 +53,7 @@ _HOMES = {
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "learn": "learning",
-    "plan_soup": "cook",
+    "plan_soup": "soup_plan",
     "read_recipe": "recipe",
     "resume": "cook",
     "resume_greedy": "greedy_cook",

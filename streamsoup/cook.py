@@ -11,31 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.backends import open_backend
-from streamsoup.budget import default_budget_bytes
 from streamsoup.checkpoints import (
     expand_paths,
     expect_identity,
     identify,
     identity_to_json,
-    open_checkpoints,
 )
-from streamsoup.devices import choose_means
 from streamsoup.errors import ChangedIngredientError, DestinationError, RankError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import boot_id, existing_parent, require_space
 from streamsoup.making import NO_EXTRAS, Extras, Making, keep_or_remove
-from streamsoup.methods import Method, linear
-from streamsoup.methods.parameters import Parameters
-from streamsoup.methods.registry import Given, make_method
-from streamsoup.methods.selected import select
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
-from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.ranks import Ranks, join_ranks, keep_first
-from streamsoup.read import choose_mode
 from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
+from streamsoup.soup_plan import plan_together
 from streamsoup.units import parse_bytes
-from streamsoup.workspace import Workspace, check_destination, destination_of
+from streamsoup.workspace import Workspace, destination_of
 
 _SIDE_FILES_BYTES = 16_000_000  # room for configuration, tokenizer, manifest and journal
 
@@ -156,100 +148,6 @@ def soup(
     return cook(recipe, out, execution)
 
 
-def parameters_of(recipe: Recipe) -> Parameters:
-    """Gather the settings of a recipe."""
-    return Parameters(recipe.parameters, tuple(i.parameters for i in recipe.ingredients))
-
-
-def method_of(recipe: Recipe) -> Method:
-    """Make the method of a recipe.
-
-    Raises
-    ------
-    RecipeError
-    """
-    weights = tuple(i.weight for i in recipe.ingredients)
-    if recipe.method == "linear" and not recipe.parameters and not any(i.parameters for i in recipe.ingredients):
-        return linear(weights, normalize=recipe.normalize, name=recipe.label)
-    given = Given(recipe.method, weights, recipe.normalize, recipe.base is not None, parameters_of(recipe))
-    return make_method(given)
-
-
-def plan_soup(
-    recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False
-) -> tuple[Plan, str]:
-    """Make the plan of a soup from headers alone, and say how it would be read.
-
-    Raises
-    ------
-    StreamsoupError
-    """
-    plan, settled = _plan(recipe, out, execution, resuming=resuming)
-    return plan, settled.read_mode
-
-
-def _plan(
-    recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False, local_ranks: int = 1
-) -> tuple[Plan, Execution]:
-    """Plan; returns what was chosen where nothing was asked for, too."""
-    destination = None if out is None else destination_of(out)
-    method = method_of(recipe)
-    checkpoints = open_checkpoints(recipe.checkpoints)
-    names = checkpoints[0].table.names
-    method, touched = select(method, recipe.include, recipe.exclude, names)
-    touched = [*touched, *parameters_of(recipe).touched(names)]
-    mode = choose_mode(checkpoints, execution.read_mode)
-    means = choose_means(execution.device, mode, execution.workers, tensor_bytes=tensor_bytes(checkpoints))
-    if execution.workers is None and not means["locked"]:  # ranks share the cores, but each has its own device
-        means["workers"] = max(1, means["workers"] // local_ranks)
-    settled = replace(
-        execution,
-        budget_bytes=execution.budget_bytes or default_budget_bytes() // local_ranks,
-        workers=means["workers"],
-        read_mode=mode,
-    )
-    assert settled.budget_bytes is not None
-    plan = make_plan(
-        checkpoints,
-        method,
-        dtype=recipe.dtype,
-        shard_bytes=recipe.shard_bytes,
-        file_name=destination.path.name if destination and destination.is_file else None,
-        budget_bytes=settled.budget_bytes,
-        touched=touched,
-        **means,
-    )
-    if destination is not None:
-        check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
-    return plan, settled
-
-
-def _plan_together(
-    ranks: Ranks, recipe: Recipe, out: str | Path, execution: Execution, *, resuming: bool = False
-) -> tuple[Plan, Execution]:
-    """Plan on every rank as on the first: with its budget, threads and way of reading.
-
-    Raises
-    ------
-    StreamsoupError
-    RankError
-        If the plans are not the same all the same.
-    """
-    plans: list[Plan] = []
-
-    def plan_first() -> tuple[int | None, int | None, str]:
-        plan, settled = _plan(recipe, out, execution, resuming=resuming, local_ranks=ranks.local_count)
-        plans.append(plan)
-        return settled.budget_bytes, settled.workers, settled.read_mode
-
-    budget_bytes, workers, mode = ranks.first(plan_first)
-    execution = replace(execution, budget_bytes=budget_bytes, workers=workers, read_mode=mode)
-    if not ranks.is_first:
-        plans.append(_plan(recipe, out, execution, resuming=True)[0])
-    ranks.agree("plan", f"{plans[0].fingerprint} {plans[0].tiling}")
-    return plans[0], execution
-
-
 def cook(recipe: Recipe, out: str | Path, execution: Execution, extras: Extras = NO_EXTRAS) -> SoupResult:
     """Make the soup of a recipe. See `soup` for what it promises.
 
@@ -277,7 +175,7 @@ def _cook(
         recipe, out = ranks.first(lambda: (with_absolute_paths(recipe), destination_of(out).path))
     workspace = Workspace(destination_of(out))
     backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
-    plan, execution = _plan_together(ranks, recipe, out, execution)
+    plan, execution = plan_together(ranks, recipe, out, execution)
     ranks.fold(lambda: len(backend.shares(plan.tiling, plan.needs)), keep_first)  # is there room, on every rank?
 
     def begin() -> dict[str, Any]:
@@ -371,7 +269,7 @@ def _resume(
         recipe = replace(recipe, nonfinite=nonfinite)
     backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
     execution = replace(execution, overwrite=execution.overwrite or job["overwrite"], durable=True)
-    plan, execution = _plan_together(ranks, recipe, workspace.destination.path, execution, resuming=True)
+    plan, execution = plan_together(ranks, recipe, workspace.destination.path, execution, resuming=True)
     if plan.fingerprint != job["fingerprint"]:
         raise ChangedIngredientError(
             f"{workspace.folder}: was begun with ingredients of other names or shapes. Put the old files back, or "

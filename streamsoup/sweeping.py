@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.checkpoints import identify, identity_to_json, open_checkpoints
-from streamsoup.cook import cook, plan_soup, resume
+from streamsoup.cook import cook, resume
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import write_durably
 from streamsoup.recipe import Recipe, recipe_to_mapping, with_absolute_paths
 from streamsoup.score import read_scores
+from streamsoup.soup_plan import plan_soup
 from streamsoup.workspace import Workspace, destination_of
 
 _NAME = "sweep.json"

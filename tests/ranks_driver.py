@@ -16,7 +16,7 @@ from unittest.mock import patch
 from dying import die_at
 
 import streamsoup
-from streamsoup import cook, journal, making, ranks, side_files, tiling, workspace, write
+from streamsoup import journal, making, ranks, side_files, soup_plan, tiling, workspace, write
 from streamsoup.execution import Execution
 
 POINTS = {
@@ -29,7 +29,7 @@ POINTS = {
     "job": (workspace.Workspace, "write_job"),
     "side files": (side_files, "write_durably"),
     "publish": (workspace.Workspace, "publish"),
-    "plan": (cook, "make_plan"),
+    "plan": (soup_plan, "make_plan"),
     "finish": (ranks.ProcessGroup, "finish"),
 }
 

@@ -12,7 +12,6 @@ from factory import DTYPES
 
 from streamsoup.backends import open_backend
 from streamsoup.checkpoints import open_checkpoints
-from streamsoup.cook import plan_soup
 from streamsoup.dtypes import DTYPES as FORMAT_DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import BudgetError
@@ -23,6 +22,7 @@ from streamsoup.plan import Plan
 from streamsoup.planner import make_plan
 from streamsoup.read import open_sources
 from streamsoup.recipe import make_recipe
+from streamsoup.soup_plan import plan_soup
 from streamsoup.tiling import BLOCK_ELEMENTS, slot_bytes
 from streamsoup.write import Sink
 

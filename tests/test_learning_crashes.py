@@ -24,7 +24,7 @@ from learning_pools import Dropping, as_array, make_batches, stored_states, writ
 from torch.nn.functional import cross_entropy
 
 import streamsoup
-from streamsoup import cook, engine, making, workspace, write
+from streamsoup import engine, making, soup_plan, workspace, write
 from streamsoup.errors import ChangedIngredientError, ResumeError, StreamsoupError
 from streamsoup.learning import cooking, loop, mixture, network, passes, publishing, state
 
@@ -46,7 +46,7 @@ POINTS = {
     "cook": (publishing, "cook"),
     "resumed": (publishing, "resume"),
     "line": (state.StateFile, "_append"),
-    "plan": (cook, "make_plan"),
+    "plan": (soup_plan, "make_plan"),
     "workspace": (workspace.Workspace, "create"),
     "job of the soup": (workspace.Workspace, "write_job"),
     "tile": (write.FileSink, "write"),

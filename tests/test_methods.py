@@ -531,7 +531,7 @@ def test_a_plan_has_the_same_fingerprint_in_every_process(runs, method):
     paths, _ = runs
     base = repr(paths[0]) if method in ("ties", "model_stock") else None
     code = (
-        "from streamsoup.cook import plan_soup; from streamsoup.execution import Execution\n"
+        "from streamsoup.soup_plan import plan_soup; from streamsoup.execution import Execution\n"
         "from streamsoup.recipe import make_recipe\n"
         f"recipe = make_recipe({paths[1:3]}, method={method!r}, base={base})\n"
         "print(plan_soup(recipe, None, Execution())[0].fingerprint)"

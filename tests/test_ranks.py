@@ -20,13 +20,13 @@ from ranks_driver import small_tiles
 
 import streamsoup
 from streamsoup import cook, merging
-from streamsoup.cook import plan_soup
 from streamsoup.engine import _take
 from streamsoup.errors import RankError, RecipeError, ResumeError
 from streamsoup.execution import Execution
 from streamsoup.journal import Journal
 from streamsoup.ranks import ALONE, Ranks, join_ranks
 from streamsoup.recipe import make_recipe
+from streamsoup.soup_plan import plan_soup
 from streamsoup.write import FileSink
 
 DRIVER = Path(__file__).resolve().parent / "ranks_driver.py"

@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
     # numba looks for scipy, whose import takes as long as numba's own. This process is ours, and needs none.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
-    from streamsoup.cook import cook, plan_soup, resume
+    from streamsoup.cook import cook, resume
+    from streamsoup.soup_plan import plan_soup
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
     distributed, other = args.rank is not None, bool(args.rank)  # one of several prints
