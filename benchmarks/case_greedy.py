@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import Run, run_process, summary
+from measure import Run, run_process, settle, summary
 
 from streamsoup.bench.machine import warm
 from streamsoup.bench.synthetic import make_checkpoints
@@ -68,10 +68,12 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     rest = [str(target), *map(str, paths), "--scores", scores]
     runs: dict[str, list[Run]] = {"ours": [], "greedy-update": [], "greedy-reload": []}
     for _ in range(max(1, repeats // 2)):
+        settle(small)
         runs["ours"].append(run_process(command))
         for path in folder.glob("soup*"):
             shutil.rmtree(path)
         for name in ("greedy-update", "greedy-reload"):
+            settle(small)
             runs[name].append(run_process([*loop, name, *rest]))
             target.unlink()
     figures: dict[str, Any] = {"cache": "warm"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from environments import pinned_version, python_of
-from measure import Run, figures_of, run_process
+from measure import Run, figures_of, run_process, settle
 from rounding import decode, load_bits
 
 from streamsoup.bench.machine import warm
@@ -88,6 +88,7 @@ def _measure(folder: Path, files: list[Path], method: str, repeats: int, python:
         shutil.rmtree(kept[tool])
     for _ in range(repeats if repeats > 1 else 0):
         for tool, command in commands.items():
+            settle()
             done[tool].append(run_process(command, environment=_QUIET))
             shutil.rmtree(out)
     return {

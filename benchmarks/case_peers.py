@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import ENVIRONMENTS, pinned_version, python_of
-from measure import Run, figures_of, run_process
+from measure import Run, figures_of, run_process, settle
 from rounding import load_bits, share_equal, shares_correct
 
 from streamsoup.bench.machine import warm
@@ -75,6 +75,7 @@ def _measure(folder: Path, paths: list[Path], dtype: str, repeats: int, environm
     done: dict[str, list[Run]] = {name: [] for name in commands if name not in failures}
     for _ in range(repeats):
         for name, runs in done.items():
+            settle()
             runs.append(run_process(commands[name], environment=_QUIET))
             shutil.rmtree(out)
     return {

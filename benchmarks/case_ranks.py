@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from measure import run_process, summary
+from measure import PAUSE_SECONDS, run_process, settle, summary
 
 from streamsoup.bench.machine import warm
 from streamsoup.bench.synthetic import make_checkpoints
 from streamsoup.budget import available_cores
-
-# A virtual machine gives freed memory back after some seconds, and takes a second to get a soup's page cache again. Who
-# starts quickly finds that of the soup before: so all wait.
-_PAUSE_SECONDS = 5.0
 
 
 def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
@@ -35,7 +30,7 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
             for way, (ranks, threads) in ways.items():
                 done = run_process(_command(ranks, ["soup", *arguments, "-o", str(soup), "--threads", str(threads)]))
                 shutil.rmtree(soup)
-                time.sleep(_PAUSE_SECONDS)
+                settle(small)
                 if number:  # the first round compiles
                     seconds[way].append(json.loads(done.output.splitlines()[-1])["engine_seconds"])
                     processes[way].append(done.seconds)
@@ -48,7 +43,7 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
             }
             for way in ways
         ]
-    return {"cores": available_cores(), "cache": "warm", "pause_seconds": _PAUSE_SECONDS, "rows": rows}
+    return {"cores": available_cores(), "cache": "warm", "pause_seconds": PAUSE_SECONDS, "rows": rows}
 
 
 def _counts() -> list[int]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import run_process, summary
+from measure import run_process, settle, summary
 
 from streamsoup.bench.machine import warm
 from streamsoup.bench.synthetic import make_checkpoints
@@ -30,11 +30,14 @@ def run(folder: Path, *, repeats: int, small: bool) -> dict[str, Any]:
     loops, floors = [], []
     for _ in range(repeats):
         shutil.rmtree(soup)
+        settle(small)
         mine = run_process(command)
         ours.append({**json.loads(mine.output), "process_seconds": mine.seconds, "owned": mine.owned_bytes})
         floor = [sys.executable, str(HERE / "floor.py"), "warm", *map(str, files), "--write-bytes", str(write_bytes)]
+        settle(small)
         floors.append(json.loads(run_process([*floor, "--dir", str(folder)]).output))
         loop = [sys.executable, str(HERE / "torch_loops.py"), "uniform", str(loop_out), *map(str, paths)]
+        settle(small)
         loops.append(run_process(loop))
         loop_out.unlink()
     stages = {k: summary([o["stage_seconds"][k] for o in ours]) for k in ours[0]["stage_seconds"]}

@@ -27,6 +27,17 @@ class Run:
     output: str
 
 
+# A virtual machine gives freed memory back after some seconds, and takes a second to get a soup's page cache again. Who
+# starts quickly finds that of the soup before: so all wait.
+PAUSE_SECONDS = 5.0
+
+
+def settle(small: bool = False) -> None:
+    """Wait until what was freed is gone, so that whoever writes next begins as the others do."""
+    if not small:
+        time.sleep(PAUSE_SECONDS)
+
+
 def run_process(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Run:
     """Run a command and sample the memory of it and its children; a failure ends the benchmark."""
     began = time.perf_counter()
