@@ -308,8 +308,8 @@ def test_no_memory_for_one_block_is_one_clear_error(tmp_path, runs, monkeypatch,
     monkeypatch.delattr("os.fork")  # torch's threads of this process would not be there in a child
     assert main(["soup", *runs, "-o", str(tmp_path / "other"), "--device", "torch:cpu", "--quiet"]) == 1
     line, *more = capfd.readouterr().err.strip().splitlines()
-    for word in ("device cpu", "KiB", "--device-budget", "--threads", "--device cpu"):
-        assert word in line
+    for word in ("device cpu", "B of its memory", "--device-budget", "--threads", "--device cpu"):
+        assert word in line  # how many depends on whose tile is first
     assert len(more) <= 1, "only what is kept is said beside it"
 
 
