@@ -1,26 +1,12 @@
-"""A checkpoint whose tensors are numbered as those of another."""
+"""Checkpoints whose tensors are numbered as those of another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
-from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.checkpoints.protocol import Checkpoint
+from streamsoup.checkpoints.safetensors import SafetensorsCheckpoint
 from streamsoup.checkpoints.table import TensorTable
-
-
-@dataclass(frozen=True)
-class ArrangedCheckpoint:
-    """See `Checkpoint`; the files are as they were."""
-
-    path: str
-    folder: Path | None
-    shards: tuple[Shard, ...]
-    table: TensorTable
-    metadata: Mapping[str, str]
 
 
 def arranged_like(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -41,4 +27,4 @@ def arranged_like(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
         shards=table.shards[order],
         begins=table.begins[order],
     )
-    return ArrangedCheckpoint(checkpoint.path, checkpoint.folder, checkpoint.shards, arranged, checkpoint.metadata)
+    return SafetensorsCheckpoint(checkpoint.path, checkpoint.folder, checkpoint.shards, arranged, checkpoint.metadata)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,12 @@ import torch
 
 from streamsoup.backends.protocol import Backend
 from streamsoup.checkpoints import TensorTable
-from streamsoup.errors import StreamsoupError
 from streamsoup.maps import address_of
-from streamsoup.read import Source
-from streamsoup.write import Sink
+from streamsoup.sums.store import InPlaceStore
 
 
-class DeviceStore(Source, Sink):
-    """One array a tensor, on the backend's first device, overwritten in place. See `SumStore`, `MemoryStore`.
+class DeviceStore(InPlaceStore):
+    """One array a tensor, on the backend's first device.
 
     Slots of that device read and write it where it is; those of another get it through the host.
 
@@ -29,30 +26,13 @@ class DeviceStore(Source, Sink):
         If the device has no room for it.
     """
 
-    in_place = True
-
     def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_], backend: Backend) -> None:
+        super().__init__()
         sizes = np.where(averaged, table.nbytes, 0)
         starts = np.concatenate([[0], np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)])
         self._memory: torch.Tensor = backend.hold(int(starts[-1]))
         self._arrays = [self._memory[a : a + n] for a, n in zip(starts.tolist(), sizes.tolist(), strict=False)]
         self._averaged = averaged
-        self._whole = False
-
-    def source(self) -> Source:
-        """See `SumStore`."""
-        if not self._whole:
-            raise StreamsoupError("The running sum is incomplete after a failure. Make it anew.")
-        return self
-
-    def begin(self) -> Sink:
-        """See `SumStore`."""
-        self._whole = False
-        return self
-
-    def commit(self, members: Sequence[Sequence[Any]], content_digests: Mapping[str, str]) -> None:
-        """See `SumStore`."""
-        self._whole = True
 
     def resident(self, position: int, offset: int, nbytes: int, device: Any) -> torch.Tensor | None:
         """See `Source` and `Sink`."""

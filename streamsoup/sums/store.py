@@ -42,18 +42,15 @@ class SumStore(Protocol):
         ...
 
 
-class MemoryStore(Source, Sink):
-    """One array a tensor, overwritten tile by tile: a tile of the next sum depends on that tile of the old alone.
+class InPlaceStore(Source, Sink):
+    """A sum that is overwritten tile by tile: a tile of the next sum depends on that tile of the old alone.
 
     If a run fails half-way, the sum is neither old nor new, and reading it is an error until it is made anew.
     """
 
     in_place = True
 
-    def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_]) -> None:
-        sizes = np.where(averaged, table.nbytes, 0)
-        self._arrays = [np.empty(size, np.uint8) for size in sizes.tolist()]
-        self._averaged = averaged
+    def __init__(self) -> None:
         self._whole = False
 
     def source(self) -> Source:
@@ -70,6 +67,16 @@ class MemoryStore(Source, Sink):
     def commit(self, members: Sequence[Sequence[Any]], content_digests: Mapping[str, str]) -> None:
         """See `SumStore`."""
         self._whole = True
+
+
+class MemoryStore(InPlaceStore):
+    """One array a tensor, in memory."""
+
+    def __init__(self, table: TensorTable, averaged: npt.NDArray[np.bool_]) -> None:
+        super().__init__()
+        sizes = np.where(averaged, table.nbytes, 0)
+        self._arrays = [np.empty(size, np.uint8) for size in sizes.tolist()]
+        self._averaged = averaged
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
