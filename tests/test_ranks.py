@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from ranks_driver import small_tiles
 
 import streamsoup
-from streamsoup import cook, merging
+from streamsoup import cli, cook, merging
+from streamsoup.cli import guard
 from streamsoup.engine import _take
 from streamsoup.errors import RankError, RecipeError, ResumeError
 from streamsoup.execution import Execution
@@ -360,6 +362,26 @@ def test_torchrun_makes_one_soup_and_says_so_once(tmp_path, runs):
     refused = torchrun(tmp_path, "-m", "streamsoup", "greedy", *runs, "--score", "echo 1", "-o", "greedy")
     assert "runs in one process" in refused.stderr
     assert not (tmp_path / "greedy").exists()
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "runs in one process"), (1, "")])
+def test_torchrun_does_not_end_rank_0_before_it_has_spoken(monkeypatch, capsys, rank, said):
+    """It ends all processes as soon as one of them has ended."""
+    waited = []
+    monkeypatch.setattr(guard.time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "_rank", lambda insisted: rank)
+    assert cli.main(["greedy", "runs", "--score", "echo 1", "-o", "greedy"]) == 2
+    assert said in capsys.readouterr().err
+    assert bool(waited) == bool(rank)
+
+    def fails(args):
+        raise RankError("rank 1 failed")
+
+    waited.clear()
+    args = argparse.Namespace(run=fails, rank=rank, command="soup", debug=False)
+    assert guard.run_command(args) == 1
+    assert ("rank 1 failed" in capsys.readouterr().err) == (rank == 0)
+    assert bool(waited) == bool(rank)
 
 
 _PARENT = """

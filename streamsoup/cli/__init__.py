@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command not in _SHARED:
             if args.rank == 0:
                 guard.say(f"`{args.command}` runs in one process. Start it without torchrun.")
+            else:
+                guard.leave_the_word()
             return 2
     return guard.run_command(args)
 

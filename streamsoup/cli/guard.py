@@ -22,6 +22,7 @@ from streamsoup.errors import RankError, StreamsoupError
 
 _PR_SET_PDEATHSIG = 1
 _SAME_CTRL_C_SECONDS = 0.5
+_RANK_0_SPEAKS_SECONDS = 3.0
 
 
 class UsageError(StreamsoupError):
@@ -112,6 +113,12 @@ def say(text: str) -> None:
     print(f"{_speaker[0]}: {printable(text)}", file=sys.stderr)
 
 
+def leave_the_word() -> None:
+    """Give rank 0 the time to say why all ranks end: torchrun ends the others as soon as one of them has ended."""
+    with contextlib.suppress(SystemExit):  # by torchrun
+        time.sleep(_RANK_0_SPEAKS_SECONDS)
+
+
 def printable(text: str) -> str:
     """Escape control characters: a tensor's name must neither break the line nor steer the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -124,7 +131,10 @@ def _run(args: argparse.Namespace) -> int:
     except UsageError as error:
         return _failed(args, error, f"{error} See `streamsoup {args.command} --help`.", code=2)
     except RankError as error:
-        return 1 if args.rank else _failed(args, error, str(error))  # one of those that did not fail says it
+        if not args.rank:
+            return _failed(args, error, str(error))
+        leave_the_word()
+        return 1
     except StreamsoupError as error:
         return _failed(args, error, str(error))
     except KeyboardInterrupt as error:
