@@ -118,4 +118,5 @@ def _report_names(first: Checkpoint, other: Checkpoint, positions: list[int], pr
 
 
 def _file(checkpoint: Checkpoint, position: int) -> str:
-    return checkpoint.shards[int(checkpoint.table.shards[position])].path
+    shards = checkpoint.shards
+    return shards[int(checkpoint.table.shards[position])].path if shards else checkpoint.path

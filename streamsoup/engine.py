@@ -21,7 +21,7 @@ from streamsoup.measurement import Measurement
 from streamsoup.methods.protocol import Rule
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan, Tile
-from streamsoup.read import Source
+from streamsoup.source import Source
 from streamsoup.threads import insist, start
 from streamsoup.tile_queue import TileQueue
 from streamsoup.tile_work import Done, TileWork

@@ -25,10 +25,11 @@ from streamsoup.merging import copy_all, reduce_all
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.ranks import ALONE, Ranks
-from streamsoup.read import Source, open_sources
+from streamsoup.read import open_sources
 from streamsoup.recheck import recheck, written_again
 from streamsoup.recipe import Recipe
 from streamsoup.side_files import write_side_files
+from streamsoup.source import Source
 from streamsoup.workspace import Workspace
 from streamsoup.write import FileSink
 

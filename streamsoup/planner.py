@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from streamsoup.align import align
 from streamsoup.asked import Asked
-from streamsoup.checkpoints import Checkpoint, TensorTable
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, TensorTable, out_dtypes_of
 from streamsoup.dtypes import DTYPES, parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.layout import Layout, lay_out
@@ -71,7 +71,7 @@ def make_plan(
     workers : int
         Most threads.
     staged : bool
-        Whether ingredients are read into buffers.
+        Whether ingredients are read into buffers, though none of them is computed.
     ahead : bool
         Whether what is mapped is read ahead.
     locked : bool
@@ -98,7 +98,7 @@ def make_plan(
     alignment = align(checkpoints)
     table = alignment.table
     if out_dtypes is None:
-        out_dtypes = table.dtypes.copy()
+        out_dtypes = out_dtypes_of(checkpoints[0]).copy()
         if dtype is not None:
             out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
     if layout is None:
@@ -106,6 +106,9 @@ def make_plan(
         layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
     wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
+    derived = [c for c in checkpoints if isinstance(c, DerivedCheckpoint)]
+    staged = staged or bool(derived)
+    reserved_bytes += max((c.scratch_bytes for c in derived), default=0) * (workers + readers)
     held = _held_bytes(method, table, out_dtypes, len(checkpoints))
     needs = TileNeeds(
         ingredients=len(checkpoints),

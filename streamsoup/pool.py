@@ -25,8 +25,9 @@ from streamsoup.methods.looking import Looking
 from streamsoup.outcome import Outcome, Progress
 from streamsoup.plan import Plan
 from streamsoup.planner import make_plan, tensor_bytes
-from streamsoup.read import Source, choose_mode
+from streamsoup.read import choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
+from streamsoup.source import Source
 from streamsoup.units import parse_bytes
 from streamsoup.write import Sink
 

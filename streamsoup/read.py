@@ -13,12 +13,12 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
-from streamsoup.checkpoints import Checkpoint, Shard
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, Shard
 from streamsoup.errors import IngredientReadError, RecipeError
 from streamsoup.maps import FileMap, address_of
 from streamsoup.open_files import OpenFiles
+from streamsoup.source import PartReader, Source
 from streamsoup.windows import Windows, window_bytes
 
 _log = logging.getLogger(__name__)
@@ -40,66 +40,6 @@ _NETWORK = (
     "fuse",
     "virtiofs",
 )
-
-
-class Source(Protocol):
-    """The bytes of one ingredient. Inherit from it: only `fetch` has no default.
-
-    Attributes
-    ----------
-    delivers : bool
-        Whether bytes can be put into the memory of a device without the host's.
-    """
-
-    delivers: bool = False
-
-    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
-        """Return the address of a part of a tensor: in `staging` if that is given, else in memory of the source.
-
-        Parameters
-        ----------
-        position : int
-            Of the tensor in the ingredient's table.
-        offset, nbytes : int
-            Which part of the tensor.
-        staging : writable memoryview, optional
-            Where to put the bytes.
-
-        Raises
-        ------
-        IngredientReadError
-        """
-        ...
-
-    def resident(self, position: int, offset: int, nbytes: int, device: Any) -> Any | None:
-        """Return a part of a tensor where it lies in the memory of a device: a uint8 tensor; None: it does not."""
-        return None
-
-    def deliver(self, position: int, offset: int, nbytes: int, target: Any) -> None:
-        """Put a part of a tensor into memory of a device, a uint8 tensor; where the source `delivers`.
-
-        Raises
-        ------
-        IngredientReadError
-        """
-        return
-
-    def load(self, position: int, offset: int, nbytes: int) -> None:
-        """Read a part of a tensor that will soon be fetched, if that helps.
-
-        Raises
-        ------
-        IngredientReadError
-        """
-        return
-
-    def drop(self, position: int, offset: int, nbytes: int) -> None:
-        """Take note that a part of a tensor will not be fetched again."""
-        return
-
-    def close(self) -> None:
-        """Give everything back; addresses are invalid afterwards."""
-        return
 
 
 def choose_mode(checkpoints: Sequence[Checkpoint], mode: str = "auto") -> str:
@@ -280,6 +220,16 @@ class PlainSource(Source):
 
 def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles, *, beside: int = 1) -> Source:
     """Open the source of one ingredient, in a mode from `choose_mode`; `beside`: how many are read at once."""
+    if isinstance(checkpoint, DerivedCheckpoint):
+        return checkpoint.derive(
+            [
+                PartReader(
+                    open_source(part, mode, files, beside=beside * len(checkpoint.parts)),
+                    buffered=mode == "plain" or isinstance(part, DerivedCheckpoint),
+                )
+                for part in checkpoint.parts
+            ]
+        )
     if mode == "map":
         return MappedSource(checkpoint)
     if mode == "gds":

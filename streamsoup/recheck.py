@@ -12,7 +12,7 @@ from streamsoup.checkpoints import Checkpoint
 from streamsoup.errors import ChangedIngredientError
 from streamsoup.journal import TileRecord
 from streamsoup.plan import Plan
-from streamsoup.read import Source
+from streamsoup.source import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 

@@ -20,7 +20,7 @@ from streamsoup.measurement import Measurement
 from streamsoup.methods import Coefficients
 from streamsoup.methods.protocol import Rule
 from streamsoup.plan import Plan, Tile
-from streamsoup.read import Source
+from streamsoup.source import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 

@@ -17,7 +17,7 @@ PACKAGE = Path(streamsoup.__file__).resolve().parent
 ROOT = PACKAGE.parent
 # From the ground up. A module may import from its own floor (without a circle) and from those below it.
 FLOORS = """
-    _version errors units dtypes kernels maps open_files threads labels layers strict_yaml ranks
+    _version errors units dtypes kernels maps source open_files threads labels layers strict_yaml ranks
     files recipe checkpoints methods measurement asked tiling device_share budget devices journal score rules
     align layout plan planner manifest mergekit_settings from_mergekit_config
     windows read storage write backends companions outcome

@@ -23,7 +23,8 @@ from streamsoup.backends import open_backend
 from streamsoup.engine import Engine
 from streamsoup.errors import DiskSpaceError, IngredientReadError, RecipeError
 from streamsoup.outcome import Progress
-from streamsoup.read import MappedSource, Source
+from streamsoup.read import MappedSource
+from streamsoup.source import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 
 NARROW = tuple(name for name in FLOATS if name != "F64")

@@ -6,19 +6,22 @@ import glob
 import os
 from collections.abc import Sequence
 
-from streamsoup.checkpoints.arranged import arranged_like
+from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
-from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.selected import arranged_like, select
 from streamsoup.checkpoints.sliced import open_sliced, split_parts
 from streamsoup.checkpoints.table import TensorTable
 from streamsoup.errors import CheckpointNotFoundError
 
 __all__ = [
     "Checkpoint",
+    "DerivedCheckpoint",
     "HeldCheckpoint",
     "Shard",
+    "StoredCheckpoint",
     "TensorTable",
     "arranged_like",
     "expand_paths",
@@ -29,6 +32,8 @@ __all__ = [
     "identity_to_json",
     "natural_order",
     "open_checkpoints",
+    "out_dtypes_of",
+    "select",
     "verify_unchanged",
 ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from streamsoup.checkpoints.derived import DerivedCheckpoint
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.errors import ChangedIngredientError, IngredientReadError
 from streamsoup.maps import PAGE_BYTES, FileMap
@@ -44,6 +45,8 @@ def identify(checkpoint: Checkpoint) -> tuple[ShardIdentity, ...]:
         If a shard's size or time changed since the checkpoint was opened.
     IngredientReadError
     """
+    if isinstance(checkpoint, DerivedCheckpoint):
+        return tuple(shard for part in checkpoint.parts for shard in identify(part))
     return tuple(_identify_shard(checkpoint, i, shard) for i, shard in enumerate(checkpoint.shards))
 
 

@@ -54,3 +54,14 @@ class Checkpoint(Protocol):
     def table(self) -> TensorTable: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A `Checkpoint` whose tensors lie in files as they are: safetensors, or anything that was located in a file."""
+
+    path: str
+    folder: Path | None
+    shards: tuple[Shard, ...]
+    table: TensorTable
+    metadata: Mapping[str, str]

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from streamsoup.checkpoints.header import Header, read_header
-from streamsoup.checkpoints.protocol import Shard
+from streamsoup.checkpoints.protocol import Shard, StoredCheckpoint
 from streamsoup.checkpoints.table import TensorTable, concatenate
 from streamsoup.dtypes import DTYPES
 from streamsoup.errors import CheckpointNotFoundError, ShardIndexError, UnsupportedDTypeError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SCALE_SUFFIXES = ("_scale_inv", "_scale", ".scale", ".scales", "_scales", ".scale_weight")
-
-
-@dataclass(frozen=True)
-class SafetensorsCheckpoint:
-    """A `Checkpoint` of safetensors files (see `streamsoup.checkpoints.protocol`)."""
-
-    path: str
-    folder: Path | None
-    shards: tuple[Shard, ...]
-    table: TensorTable
-    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +25,7 @@ class Parsed:
     tables: dict[tuple[str, ...], TensorTable] = field(default_factory=dict)
 
 
-def open_safetensors(path: str, parsed: Parsed | None = None) -> SafetensorsCheckpoint:
+def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoint:
     """Read and check the headers (and the index) of a checkpoint; no tensor is read.
 
     Parameters
@@ -71,7 +59,7 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> SafetensorsChec
     table = parsed.tables.get(key)
     if table is None:
         table = parsed.tables[key] = concatenate(tables)
-    checkpoint = SafetensorsCheckpoint(path, folder, tuple(shards), table, metadata or {})
+    checkpoint = StoredCheckpoint(path, folder, tuple(shards), table, metadata or {})
     _refuse_scaled_fp8(checkpoint)
     return checkpoint
 
@@ -158,7 +146,7 @@ def _check_index(folder: Path, weight_map: dict[str, str], files: list[str], tab
         )
 
 
-def _refuse_scaled_fp8(checkpoint: SafetensorsCheckpoint) -> None:
+def _refuse_scaled_fp8(checkpoint: StoredCheckpoint) -> None:
     """Averaging the raw bytes of scaled fp8 weights gives numbers that mean nothing."""
     table = checkpoint.table
     present = [DTYPES[i] for i in set(table.dtypes.tolist())]

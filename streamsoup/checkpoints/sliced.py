@@ -10,12 +10,11 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
-from streamsoup.checkpoints.table import TensorTable, pack
+from streamsoup.checkpoints.table import pack
 from streamsoup.errors import CheckpointError, MismatchError
 from streamsoup.layers import layer_of, stacks_of
 
@@ -47,8 +46,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class SlicedCheckpoint:
-    """A `Checkpoint` whose tensors lie in the shards of others (see `streamsoup.checkpoints.protocol`).
+class SlicedCheckpoint(StoredCheckpoint):
+    """A `Checkpoint` whose tensors lie in the shards of others.
 
     Attributes
     ----------
@@ -58,11 +57,6 @@ class SlicedCheckpoint:
         How many layers the first part's checkpoint has.
     """
 
-    path: str
-    folder: Path | None
-    shards: tuple[Shard, ...]
-    table: TensorTable
-    metadata: Mapping[str, str]
     layers: tuple[int, ...]
     layers_before: int
 

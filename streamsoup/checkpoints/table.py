@@ -88,6 +88,19 @@ class TensorTable:
         arrays = (self.dtypes, self.dims, self.dim_starts, self.shards, self.begins)
         return sum(a.nbytes for a in arrays)
 
+    def take(self, positions: npt.NDArray[np.int64], names: tuple[str, ...] | None = None) -> TensorTable:
+        """Pick tensors, in this order; `names`: new ones for them."""
+        ranks = np.diff(self.dim_starts)[positions]
+        pieces = [self.dims[slice(*self.dim_starts[i : i + 2])] for i in positions.tolist()]
+        return TensorTable(
+            names=tuple(self.names[i] for i in positions.tolist()) if names is None else names,
+            dtypes=self.dtypes[positions],
+            dims=np.concatenate([self.dims[:0], *pieces]),
+            dim_starts=np.concatenate([[0], np.cumsum(ranks, dtype=np.int32)]).astype(np.int32),
+            shards=self.shards[positions],
+            begins=self.begins[positions],
+        )
+
     def same_layout(self, other: TensorTable) -> bool:
         """Whether names and shapes are equal, position by position."""
         return (

@@ -16,8 +16,8 @@ from streamsoup.dtypes import DTYPES
 from streamsoup.errors import MismatchError, NonFiniteError, RecipeError
 from streamsoup.maps import address_of
 from streamsoup.plan import Plan
-from streamsoup.read import Source
 from streamsoup.sinks import wait_for_caller
+from streamsoup.source import Source
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,8 @@ from streamsoup.methods.protocol import Products
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool
-from streamsoup.read import Source
 from streamsoup.sinks import Nowhere
+from streamsoup.source import Source
 from streamsoup.write import Sink
 
 Update = Callable[[int, Numbers], Numbers]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from streamsoup.checkpoints import TensorTable
 from streamsoup.dtypes import DTYPES
 from streamsoup.maps import bytes_at
-from streamsoup.read import Source
+from streamsoup.source import Source
 
 _PLAIN_ABOVE = 400
 _PLAIN_UNIT = -500  # of elements that are at least 2^-448

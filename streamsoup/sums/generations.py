@@ -34,7 +34,7 @@ from streamsoup.errors import IngredientReadError
 from streamsoup.files import pwrite_all, write_durably, writing_to
 from streamsoup.maps import address_of
 from streamsoup.open_files import OpenFiles
-from streamsoup.read import Source
+from streamsoup.source import Source
 from streamsoup.tiling import BLOCK_ELEMENTS
 from streamsoup.write import Sink
 

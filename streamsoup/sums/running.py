@@ -24,7 +24,8 @@ from streamsoup.open_files import OpenFiles
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
-from streamsoup.read import Source, open_source
+from streamsoup.read import open_source
+from streamsoup.source import Source
 from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
 from streamsoup.sums.generations import GenerationStore
 from streamsoup.sums.members import Member, checked_weight, divisor_of, is_multiple, merge, numbers_of
@@ -109,6 +110,8 @@ class RunningSoup:
     def _make_store(self, folder: str | Path | None, *, existing: bool) -> SumStore:
         pool = self.pool
         if folder is None and not pool.sum_fits:
+            if pool.options.sums == "disk":
+                raise RecipeError("A running sum on disk needs a folder. Give it one, or keep it elsewhere (--sums).")
             raise BudgetError(
                 f"The running sum takes {format_binary(pool.sum_bytes)}, more than half the budget of "
                 f"{format_binary(pool.budget_bytes)}. Give it a folder, or a larger budget.",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from streamsoup.checkpoints import TensorTable
 from streamsoup.errors import StreamsoupError
 from streamsoup.maps import address_of
-from streamsoup.read import Source
+from streamsoup.source import Source
 from streamsoup.write import Sink
 
 

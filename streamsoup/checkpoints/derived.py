@@ -1,0 +1,98 @@
+"""Checkpoints whose tensors are computed of the bytes of others as these are read: adapters, scaled fp8, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints.protocol import Checkpoint, Shard
+from streamsoup.checkpoints.table import TensorTable
+from streamsoup.source import PartReader, Source
+
+
+@dataclass(frozen=True)
+class DerivedCheckpoint:
+    """A `Checkpoint` that is computed of its parts, tile by tile. Inherit from it and give `derive`.
+
+    Its parts are opened, identified and checked as ingredients are; what is computed must depend on nothing but their
+    bytes, and have the same bits for any tiles.
+
+    Attributes
+    ----------
+    path : str
+    folder : Path or None
+    parts : tuple of Checkpoint
+        What is read. Their tables may list other tensors than this one's: factors, scales, pieces.
+    table : TensorTable
+        What comes out. `shards` and `begins` say near which bytes of the parts' shards, counted through, a tensor lies.
+    metadata : mapping of str to str
+    out_dtypes : uint8 array, shape (tensors,)
+        What a soup of it is written as, where nothing is asked for: the dtypes that a person thinks it has.
+    scratch_bytes : int
+        What a thread holds at most while it computes, strips of its parts included.
+    """
+
+    path: str
+    folder: Path | None
+    parts: tuple[Checkpoint, ...]
+    table: TensorTable
+    metadata: Mapping[str, str]
+    out_dtypes: npt.NDArray[np.uint8]
+    scratch_bytes: int
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of all parts."""
+        return tuple(shard for part in self.parts for shard in part.shards)
+
+    def derive(self, parts: Sequence[PartReader]) -> Source:
+        """Return what computes the bytes of this checkpoint's tensors, and closes the parts when it is closed.
+
+        `fetch` is always given a staging buffer.
+        """
+        raise NotImplementedError
+
+
+def out_dtypes_of(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:
+    """Return what a soup of a checkpoint is written as, where nothing is asked for; shape (tensors,)."""
+    return checkpoint.out_dtypes if isinstance(checkpoint, DerivedCheckpoint) else checkpoint.table.dtypes
+
+
+@dataclass(frozen=True)
+class SelectedCheckpoint(DerivedCheckpoint):
+    """Some tensors of a derived checkpoint, numbered or named anew."""
+
+    positions: npt.NDArray[np.int64]
+
+    def derive(self, parts: Sequence[PartReader]) -> Source:
+        """See `DerivedCheckpoint`."""
+        return _Renumbered(parts[0].source, self.positions)
+
+
+class _Renumbered(Source):
+    """Passes on the bytes of tensors that have other numbers. See `Source`."""
+
+    def __init__(self, source: Source, positions: npt.NDArray[np.int64]) -> None:
+        self._source = source
+        self._positions = positions
+
+    def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
+        """See `Source`."""
+        return self._source.fetch(int(self._positions[position]), offset, nbytes, staging)
+
+    def load(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source.load(int(self._positions[position]), offset, nbytes)
+
+    def drop(self, position: int, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        self._source.drop(int(self._positions[position]), offset, nbytes)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._source.close()
