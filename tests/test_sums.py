@@ -304,8 +304,12 @@ def test_what_makes_no_sense_is_refused(tmp_path):
             running.add(runs[0], weight)
     with pytest.raises(RecipeError, match="only 1 of it"):
         running.add(runs[0]).remove(runs[0], 2.0)
-    with pytest.raises(BudgetError, match="folder"):
-        streamsoup.RunningSoup(runs, budget_bytes=20 << 20, sums="disk")
+    with pytest.raises(RecipeError, match="needs a folder"):
+        streamsoup.RunningSoup(runs, budget_bytes=BUDGET, sums="disk")
+    with pytest.raises(BudgetError, match="half the budget.*folder"):
+        streamsoup.RunningSoup(
+            write_checkpoint(tmp_path / "large", {"w": np.zeros(2 << 20, np.float32)}), budget_bytes=20 << 20
+        )
 
 
 def test_merging_keeps_the_order_of_first_entry():
