@@ -20,7 +20,7 @@ from .hashing import block_digest
 from .lanes import array_at, load_u8, load_u64, ones, trailing_zeros
 from .stored import fingerprint, target_machine
 
-__all__ = ["built", "object_code", "sum_loop", "wide_loop"]
+__all__ = ["built", "object_code", "single_loop", "sum_loop", "wide_loop"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
@@ -39,6 +39,18 @@ _WIDE = numba.i8(
     _U64, _U8, _F64, numba.f8, numba.f8, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
     _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"), _U8,
 )  # fmt: skip
+
+
+_SINGLE = numba.i8(
+    _U64, _U8, _F64, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
+    _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"), _U8,
+)  # fmt: skip
+
+
+def _build_single(stamp: int) -> Any:
+    from .native_single import build_single
+
+    return build_single(_SINGLE, stamp)
 
 
 def _build_wide(stamp: int) -> Any:
@@ -136,7 +148,7 @@ def _from(module: str, name: str) -> Any:
 
 _FREE = {"combine": _build_combine, "digest": _build_digest}
 _BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in _FREE.items()}
-_BUILDERS |= {"wide": _build_wide, "sum": _build_sum}
+_BUILDERS |= {"wide": _build_wide, "single": _build_single, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}
 _BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram")}
 _BUILDERS["products"] = _from("native_products", "products")
@@ -159,6 +171,11 @@ def object_code(name: str, symbol: str) -> bytes:
     module = llvm.parse_assembly(loop.inspect_llvm(signature))
     module.get_function(loop.overloads[signature].fndesc.llvm_func_name).name = symbol
     return bytes(target_machine().emit_object(module))
+
+
+def single_loop() -> Any:
+    """Return the compiled loop of `combine_single`."""
+    return built("single")
 
 
 def wide_loop() -> Any:

@@ -123,6 +123,8 @@ def combine(
     first_block: int,
     out_code: int,
     hashed: list[bool],
+    *,
+    single: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Σ weights[i]·source[i] / divisor of one tile, accumulated in float64 and rounded once.
 
@@ -132,6 +134,8 @@ def combine(
         The tile's bytes in every source, on one device; not changed.
     codes, weights, divisor, first_block, out_code, hashed
         As in `kernels.combine.combine`.
+    single : bool
+        Sum in float32, as `kernels.combine.combine_single`.
 
     Returns
     -------
@@ -146,13 +150,14 @@ def combine(
     Memory: about ten float64 tiles. Source: own.
     """
     digests, counts, marks = _inspect(sources, codes, first_block, hashed)
+    real = torch.float32 if single else torch.float64
     total: Tensor | None = None
-    for raw, code, weight in zip(sources, codes, weights, strict=True):
-        product = widen(raw, code) * weight
+    for raw, code, weight in zip(sources, codes, torch.tensor(weights, dtype=torch.float64).to(real), strict=True):
+        product = widen(raw, code).to(real) * weight.item()
         total = product if total is None else total + product
     if total is None:
         raise ValueError("combine: no sources; pass at least one")
-    out = encode(total / torch.full_like(total, divisor), out_code)
+    out = encode((total / torch.full_like(total, divisor)).double(), out_code)
     overflowed = (bad(out, out_code) & ~marks).sum()
     return out, digests, counts, overflowed
 

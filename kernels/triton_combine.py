@@ -79,6 +79,8 @@ def combine(
     out_code: int,
     hashed: list[bool],
     out: Tensor | None = None,
+    *,
+    single: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Σ weights[i]·source[i] / divisor of one tile, accumulated in float64 and rounded once.
 
@@ -94,6 +96,8 @@ def combine(
         As in `kernels.combine.combine`.
     out : Tensor, shape (elements * itemsize,), uint8, optional
         Changed: the result. It overlaps no source, or is exactly one of them with the same itemsize.
+    single : bool
+        Sum in float32, as `kernels.combine.combine_single`.
 
     Returns
     -------
@@ -111,7 +115,9 @@ def combine(
     """
     elements = sources[0].numel() // ITEMSIZE[codes[0]]
     if elements == 0 or PAIR in codes or any(one != other for one, other in pairwise(codes[1:])):
-        made, *found = torch_combine.combine(sources, codes, weights, divisor, first_block, out_code, hashed)
+        made, *found = torch_combine.combine(
+            sources, codes, weights, divisor, first_block, out_code, hashed, single=single
+        )
         return made if out is None else out.copy_(made), found[0], found[1], found[2]
     device, n = sources[0].device, len(sources)
     size, blocks = ITEMSIZE[out_code], -(-elements // BLOCK)
@@ -127,6 +133,7 @@ def combine(
             goal.view(_UNSIGNED[size]), counts, digests, n,
             FIRST=int(codes[0]), REST=int(codes[-1]), OUT=int(out_code),
             FIRST_HASHED=bool(hashed[0]), REST_HASHED=any(hashed[1:]), WHOLE=elements % BLOCK == 0,
+            SINGLE=single,
             **_options(),
         )  # fmt: skip
     if out is None:

@@ -68,7 +68,19 @@ def _load(table, k, n, block, count, CODE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _take(words, table, k, here, count, found, digests, CODE: tl.constexpr, HASHED: tl.constexpr, WHOLE: tl.constexpr):
+def _take(
+    words,
+    table,
+    k,
+    here,
+    count,
+    found,
+    digests,
+    CODE: tl.constexpr,
+    HASHED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
     """Inspect a block of source `k`, and return its elements times the weight, and its flags."""
     size: tl.constexpr = (SIZES >> 64 * CODE) & ALL
     row = table + _HEADER + k * _ROW
@@ -88,7 +100,10 @@ def _take(words, table, k, here, count, found, digests, CODE: tl.constexpr, HASH
         total = tl.sum(counters, 0)
     nonfinite = count_flags(total, CODE)
     tl.atomic_add(found + 1 + k, nonfinite, mask=nonfinite != 0, sem="relaxed")
-    return decode(words, CODE) * tl.load(row + 1).to(tl.float64, bitcast=True), flags
+    value, weight = decode(words, CODE), tl.load(row + 1).to(tl.float64, bitcast=True)
+    if SINGLE:
+        value, weight = value.to(tl.float32), weight.to(tl.float32)
+    return value * weight, flags
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -104,6 +119,7 @@ def combine_blocks(
     FIRST_HASHED: tl.constexpr,
     REST_HASHED: tl.constexpr,
     WHOLE: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     """Combine one block of `n` sources, the first of dtype FIRST and all others of dtype REST.
 
@@ -124,6 +140,8 @@ def combine_blocks(
         Whether the first source, and whether any other one, may be digested.
     WHOLE : bool
         Whether the elements are a multiple of BLOCK.
+    SINGLE : bool
+        Whether products, sums and the quotient are float32.
 
     Notes
     -----
@@ -138,15 +156,21 @@ def combine_blocks(
     here = (tl.load(table + 1) + block + 1).to(tl.uint64, bitcast=True)
     first = _load(table, 0, n, block, count, FIRST, WHOLE)
     ahead = _load(table, 1, n, block, count, REST, WHOLE)
-    total, marks = _take(first, table, 0, here, count, found, digests, FIRST, FIRST_HASHED, WHOLE)
+    total, marks = _take(first, table, 0, here, count, found, digests, FIRST, FIRST_HASHED, WHOLE, SINGLE)
     others = tl.zeros([_BLOCK * size // 8], tl.uint64)
     for k in range(1, n):
         # The next source is on its way while this one is worked on.
         words, ahead = ahead, _load(table, k + 1, n, block, count, REST, WHOLE)
-        product, flags = _take(words, table, k, here, count, found, digests, REST, REST_HASHED, WHOLE)
+        product, flags = _take(words, table, k, here, count, found, digests, REST, REST_HASHED, WHOLE, SINGLE)
         total = total + product
         others = others | flags
-    result = encode(total / tl.load(table + 2).to(tl.float64, bitcast=True), OUT)
+    divisor = tl.load(table + 2).to(tl.float64, bitcast=True)
+    if SINGLE:
+        # Not `/`, which is the fast division of float32.
+        quotient = tl.div_rn(total, tl.zeros([_BLOCK], tl.float32) + divisor.to(tl.float32)).to(tl.float64)
+    else:
+        quotient = total / divisor
+    result = encode(quotient, OUT)
     clean = (cut(marks, FIRST) == 0) & (cut(others, REST) == 0)
     number = tl.arange(0, _BLOCK)
     beyond = ((result & mask) == value) & clean & (number < count)

@@ -48,6 +48,7 @@ def soup(
     shard_size: int | str = "5GB",
     buffers: str = "identical",
     nonfinite: str = "error",
+    accumulate: str = "float64",
     budget_bytes: int | str | None = None,
     device: str = "cpu",
     device_budget_bytes: int | str | None = None,
@@ -94,6 +95,8 @@ def soup(
         Refuse non-float tensors that differ, or take the first ingredient's.
     nonfinite : {"error", "warn", "allow"}
         What to do about NaN or infinity.
+    accumulate : {"float64", "float32"}
+        In what sums are kept; see `Recipe`.
     budget_bytes : int or str, optional
         What the engine may own, such as ``"512MiB"``; by default a quarter of what is free, at most 2 GiB.
     device, device_budget_bytes, workers, read_mode, overwrite, keep, restart, durable, distributed, progress
@@ -131,6 +134,7 @@ def soup(
         shard_bytes=parse_bytes(shard_size),
         buffers=buffers,
         nonfinite=nonfinite,
+        accumulate=accumulate,
     )
     execution = Execution(
         budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),

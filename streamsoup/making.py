@@ -96,7 +96,10 @@ class Making:
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
         with compile_notice(execution.on_compile):
             self.backend.prepare(
-                wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes), measured=not plan.method.fixed
+                wide=any(d.is_wide for d in dtypes),
+                fp8=any(d.is_fp8 for d in dtypes),
+                single=plan.accumulate == "float32",
+                measured=not plan.method.fixed,
             )
         with PeakSampler() as sampler:
             outcome = self._reduce(sampler)

@@ -100,6 +100,7 @@ def build_manifest(
         "method": recipe.label,
         "normalize": recipe.normalize,
         "buffers": recipe.buffers,
+        "accumulate": recipe.accumulate,
         "tensors": len(plan.table),
         "parameters": plan.parameters,
         "ingredients": ingredients,

@@ -56,6 +56,8 @@ class Plan:
         Whether what is mapped is read ahead.
     touched : tuple of (str, int)
         Rules by name, and how many tensors each fits.
+    accumulate : {"float64", "float32"}
+        In what sums are kept; float64 is double-double where a dtype is float64.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -69,6 +71,7 @@ class Plan:
     staged: bool
     ahead: bool = False
     touched: tuple[tuple[str, int], ...] = ()
+    accumulate: str = "float64"
 
     @property
     def table(self) -> TensorTable:
@@ -175,6 +178,8 @@ class Plan:
         """A hash of what decides the bits of the output, equal for any budget, device and thread count."""
         table = self.table
         digest = hashlib.blake2b(digest_size=16)
+        if self.accumulate != "float64":
+            digest.update(self.accumulate.encode())
         for array in (
             self.out_dtypes,
             table.dims,

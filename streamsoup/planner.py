@@ -26,6 +26,7 @@ from streamsoup.tiling import BLOCK_ELEMENTS, READERS, TileNeeds, choose_tiling,
 
 _WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
+_WIDE = np.array([d.is_wide for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
 
 
@@ -48,6 +49,7 @@ def make_plan(
     reserved_bytes: int = 0,
     buffer_itemsize: int = 0,
     touched: Sequence[tuple[str, int]] = (),
+    accumulate: str = "float64",
 ) -> Plan:
     """Plan a soup.
 
@@ -86,10 +88,12 @@ def make_plan(
         See `TileNeeds`; not needed where ingredients are read into buffers anyway.
     touched : sequence of (str, int)
         Rules by name, and how many tensors each fits.
+    accumulate : {"float64", "float32"}
+        In what sums are kept.
 
     Raises
     ------
-    MismatchError, BudgetError
+    MismatchError, BudgetError, RecipeError
 
     Notes
     -----
@@ -141,7 +145,10 @@ def make_plan(
         staged,
         ahead,
         tuple(touched),
+        accumulate,
     )
+    if accumulate == "float32":
+        _refuse_single(plan)
     if wide:
         _refuse_extreme(plan)
     for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
@@ -170,6 +177,20 @@ def _least_elements(method: Method, table: TensorTable, out_dtypes: npt.NDArray[
     averaged = np.flatnonzero(_FLOAT[out_dtypes]).tolist()
     whole = -(-table.elements // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
     return max((min(row_unit(TensorInfo("", table.shape(t))), int(whole[t])) for t in averaged), default=0)
+
+
+def _refuse_single(plan: Plan) -> None:
+    """Refuse sums in float32 where more was promised."""
+    if not plan.method.fixed:
+        raise RecipeError("accumulate: only fixed coefficients are summed in float32. Leave it out for this method.")
+    for checkpoint in plan.checkpoints:
+        if (found := np.flatnonzero(_WIDE[checkpoint.table.dtypes])).size:
+            raise RecipeError(
+                f"{checkpoint.table.names[int(found[0])]}: is float64 in {checkpoint.path}, but sums were asked for in "
+                "float32. Leave accumulate out."
+            )
+    if _WIDE[plan.out_dtypes].any():
+        raise RecipeError("accumulate: a float64 soup is not summed in float32. Leave accumulate or dtype out.")
 
 
 def _refuse_extreme(plan: Plan) -> None:

@@ -67,6 +67,8 @@ class Recipe:
         Of the method; see `streamsoup.methods.parameters`.
     include, exclude : tuple of str
         Shell patterns of tensor names: others are taken from the first checkpoint as they are.
+    accumulate : {"float64", "float32"}
+        In what sums are kept: float32 is for devices that are slow in float64, and less exact; see docs/numerics.md.
     """
 
     ingredients: tuple[Ingredient, ...]
@@ -80,6 +82,7 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    accumulate: str = "float64"
 
     def __post_init__(self) -> None:
         if not self.ingredients:
@@ -87,6 +90,7 @@ class Recipe:
         for option, value, allowed in (
             ("buffers", self.buffers, ("identical", "first")),
             ("nonfinite", self.nonfinite, ("error", "warn", "allow")),
+            ("accumulate", self.accumulate, ("float64", "float32")),
         ):
             if value not in allowed:
                 raise RecipeError(f"{option}: {value!r} is not one of {', '.join(allowed)}.")

@@ -82,6 +82,7 @@ def _plan(
         file_name=destination.path.name if destination and destination.is_file else None,
         budget_bytes=settled.budget_bytes,
         touched=touched,
+        accumulate=recipe.accumulate,
         **means,
     )
     if destination is not None:

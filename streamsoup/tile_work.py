@@ -295,4 +295,5 @@ def make_blend(plan: Plan, tensor: int, numbers: Coefficients) -> Blend:
         out_code=out.kernel_code,
         out_itemsize=out.itemsize,
         wide=bool(plan.wide[tensor]),
+        single=plan.accumulate == "float32",
     )

@@ -306,7 +306,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         running.add(runs[0]).remove(runs[0], 2.0)
     with pytest.raises(RecipeError, match="needs a folder"):
         streamsoup.RunningSoup(runs, budget_bytes=BUDGET, sums="disk")
-    with pytest.raises(BudgetError, match="half the budget.*folder"):
+    with pytest.raises(BudgetError, match=r"half the budget.*folder"):
         streamsoup.RunningSoup(
             write_checkpoint(tmp_path / "large", {"w": np.zeros(2 << 20, np.float32)}), budget_bytes=20 << 20
         )

@@ -240,7 +240,8 @@ class _Group:
         if blend.wide:
             overflowed = kernels.combine_wide(self.sources, self.codes, self.weights, *divisor, *place)
         else:
-            overflowed = kernels.combine(self.sources, self.codes, self.weights, divisor[0], *place)
+            function = kernels.combine_single if blend.single else kernels.combine
+            overflowed = function(self.sources, self.codes, self.weights, divisor[0], *place)
         digests += found_digests[self.carried :]
         nonfinite += found_nonfinite[self.carried :]
         return int(overflowed)
@@ -251,7 +252,9 @@ class CpuBackend:
 
     name = "cpu"
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
+    def prepare(
+        self, *, wide: bool, fp8: bool, single: bool = False, measured: bool = False, surveyed: bool = False
+    ) -> None:
         """See `Backend`. Compiling takes seconds the first time; later the kernels come from numba's cache."""
         if measured:
             measuring.prepare()
@@ -259,7 +262,7 @@ class CpuBackend:
             measuring.prepare_survey()
         code = codes.F8_E4M3 if fp8 else codes.BF16
         one = np.zeros(8, np.uint8)
-        for is_wide in {False, wide}:
+        for is_wide, is_single in {(False, False), (wide, False), (False, single)}:
             blend = Blend(
                 np.array([code], np.uint8),
                 (1,),
@@ -269,6 +272,7 @@ class CpuBackend:
                 code,
                 codes.ITEMSIZE[code],
                 is_wide,
+                is_single,
             )
             tiling = Tiling(1, 1, 1, 0)
             slot = CpuSlot(tiling, TileNeeds(1, 8, 8, staged=False, largest_elements=1))

@@ -52,7 +52,9 @@ class TorchBackend:
         self._next = itertools.cycle(range(len(self._lanes)))
         self.name = ",".join(str(lanes.device) for lanes in self._lanes)
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
+    def prepare(
+        self, *, wide: bool, fp8: bool, single: bool = False, measured: bool = False, surveyed: bool = False
+    ) -> None:
         """See `Backend`."""
         from streamsoup.kernels import torch_combine, triton_combine  # noqa: F401
 

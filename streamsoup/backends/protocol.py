@@ -38,6 +38,8 @@ class Blend:
     out_code, out_itemsize : int
     wide : bool
         Sum in double-double.
+    single : bool
+        Sum in float32.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -48,6 +50,7 @@ class Blend:
     out_code: int
     out_itemsize: int
     wide: bool
+    single: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,9 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def prepare(self, *, wide: bool, fp8: bool, measured: bool = False, surveyed: bool = False) -> None:
+    def prepare(
+        self, *, wide: bool, fp8: bool, single: bool = False, measured: bool = False, surveyed: bool = False
+    ) -> None:
         """Import and compile what a run will need, so that its memory and time are not counted in the run."""
         ...
 

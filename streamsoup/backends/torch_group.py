@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Group:
         Of the ingredients alone.
     divisor : tuple of two floats
     out_code, out_itemsize : int
-    wide : bool
+    wide, single : bool
     carried : int
         How many sources are partial sums: 0 or 1.
     first, stop, count : int
@@ -46,6 +47,7 @@ class Group:
     first: int
     stop: int
     count: int
+    single: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -69,6 +71,7 @@ class Group:
             first=first,
             stop=stop,
             count=len(blend.weights),
+            single=blend.single,
         )
 
 
@@ -84,9 +87,10 @@ def combine_into(out: torch.Tensor, sources: list[torch.Tensor], group: Group, f
             group.out_code,
             list(group.hashed),
             out,
+            single=group.single,
         )
         return digests, nonfinite, overflowed
-    function: Any = torch_combine.combine_wide if group.wide else torch_combine.combine
+    function: Any = torch_combine.combine_wide if group.wide else partial(torch_combine.combine, single=group.single)
     divisor = group.divisor if group.wide else group.divisor[:1]
     raw, digests, nonfinite, overflowed = function(
         sources, list(group.codes), list(group.weights), *divisor, first_block, group.out_code, list(group.hashed)

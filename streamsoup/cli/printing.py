@@ -31,6 +31,7 @@ def print_plan(
         "base": recipe.base,
         "rules": [{"rule": rule, "tensors": count} for rule, count in plan.touched],
         "sweeps": plan.method.sweeps + plan.method.whole_sweeps,
+        "accumulate": plan.accumulate,
         "tensors": len(plan.table),
         "copied_tensors": copied,
         "parameters": plan.parameters,
@@ -65,6 +66,7 @@ def print_plan(
         ("read", f"{format_bytes(plan.bytes_to_read)}, {_reading(plan)} ({_READ_WORDS[mode]})"),
         *([("sweeps", f"{sweeps} (to measure, then to combine)")] if sweeps > 1 else []),
         *[("rule", f"{rule} ({count:,} tensors)") for rule, count in plan.touched],
+        *([("sums", "kept in float32, as asked for")] if plan.accumulate == "float32" else []),
         ("write", f"{format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s)"),
         ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
         (

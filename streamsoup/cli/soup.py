@@ -94,6 +94,11 @@ def _add_recipe(group: Any) -> None:
     group.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
     add_output_options(group)
     group.add_argument(
+        "--accumulate",
+        choices=("float64", "float32"),
+        help="in what sums are kept; float32 is less exact, for GPUs that are slow in float64 (default: float64)",
+    )
+    group.add_argument(
         "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
     )
 
@@ -248,6 +253,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             ("shard_bytes", args.shard_size and parse_bytes(args.shard_size)),
             ("buffers", args.buffers),
             ("nonfinite", args.nonfinite),
+            ("accumulate", args.accumulate),
             ("method", args.method),
             ("base", args.base),
             ("include", args.include),

@@ -1,6 +1,7 @@
 """The judge of every backend: exact rationals rounded once; and one way to call both backends."""
 
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 import ml_dtypes
@@ -90,6 +91,7 @@ def run(
     out_code,
     *,
     low=None,
+    single=False,
     first_block=0,
     hashed=None,
     misalign=0,
@@ -102,7 +104,7 @@ def run(
     more = [] if low is None else [low]
     if backend != "numba":
         twin = torch_combine if backend == "torch" else triton_combine
-        function = twin.combine if low is None else torch_combine.combine_wide
+        function = partial(twin.combine, single=single) if low is None else torch_combine.combine_wide
         # Each source has memory of its own.
         tensors = [torch.from_numpy(np.concatenate([np.zeros(misalign, np.uint8), raw])) for raw in raws]
         tensors = [tensor.to(device)[misalign:] for tensor in tensors]
@@ -111,7 +113,7 @@ def run(
     buffers = [np.concatenate([np.zeros(misalign, np.uint8), raw]) for raw in raws]
     out = np.full(elements * ITEMSIZE[out_code] + misalign + 8, 0xA5, dtype=np.uint8)
     digests, nonfinite = np.zeros(n, np.uint64), np.zeros(n, np.int64)
-    function = compiled.combine if low is None else compiled.combine_wide
+    function = compiled.combine_single if single else compiled.combine if low is None else compiled.combine_wide
     over = function(
         np.array([b.ctypes.data + misalign for b in buffers], np.uint64), np.array(codes, np.uint8),
         np.array(weights, np.float64), divisor, *more, elements, first_block, out.ctypes.data + misalign,

@@ -51,6 +51,56 @@ def test_same_bits_digests_and_counts(seed, codes, out_code, elements, patterns,
     )
 
 
+def single_reference(arrays, weights, divisor):
+    """Every operation in float32, one by one."""
+    total = None
+    with np.errstate(all="ignore"):
+        for array, weight in zip(arrays, weights, strict=True):
+            product = array.astype(np.float32) * np.float32(weight)
+            total = product if total is None else total + product
+        return total / np.float32(divisor)
+
+
+NARROW = [code for code in range(8) if code != F64]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    codes=st.lists(st.sampled_from(NARROW), min_size=1, max_size=20),
+    out_code=st.sampled_from(NARROW),
+    elements=lengths,
+    patterns=st.booleans(),
+    misalign=st.integers(0, 15),
+)
+def test_sums_in_float32(seed, codes, out_code, elements, patterns, misalign):
+    rng = np.random.default_rng(seed)
+    arrays = [
+        rng.integers(0, 256, elements * ITEMSIZE[code], dtype=np.uint8).view(DTYPES[code])
+        if patterns
+        else rng.standard_normal(elements).astype(DTYPES[code])
+        for code in codes
+    ]
+    weights = [1.0] * len(codes) if rng.random() < 0.5 else rng.standard_normal(len(codes)).tolist()
+    divisor = float(rng.choice([1.0, float(len(codes)), -2.0, 0.7]))
+    found = run("numba", arrays, codes, weights, divisor, out_code, single=True, misalign=misalign)
+    same(found, run("torch", arrays, codes, weights, divisor, out_code, single=True))
+    expected = single_reference(arrays, weights, divisor)
+    single = run("numba", arrays, codes, weights, divisor, 2, single=True).out.view(np.float32)
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(single[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+    assert np.isnan(single[nan]).all()
+    # The one rounding to the output is that of a float64 soup of this one number.
+    again = run("numba", [expected], [2], [1.0], 1.0, out_code)
+    np.testing.assert_array_equal(found.out, again.out)
+
+
+def test_sums_in_float32_are_not_those_in_float64():
+    arrays = [np.array([2.0**24], np.float32), np.ones(1, np.float32), np.ones(1, np.float32)]
+    values = [run("numba", arrays, [2] * 3, [1.0] * 3, 1.0, 2, single=s).out.view(np.float32)[0] for s in (True, False)]
+    assert values == [2.0**24, 2.0**24 + 2]
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), elements=lengths, out_code=st.sampled_from([0, 2, 3, 4, 7, PAIR]))
 def test_pairs_agree(seed, elements, out_code):
@@ -114,13 +164,15 @@ def test_tiles_of_any_size_give_the_same_bits_and_digests():
     group=st.integers(1, 9),
     first_block=st.integers(0, 2**40),
     devices=st.integers(1, 2),
+    single=st.booleans(),
 )
 def test_a_slot_of_a_device_has_the_bits_of_one_call(
-    seed, codes, out_code, elements, budget, group, first_block, devices
+    seed, codes, out_code, elements, budget, group, first_block, devices, single
 ):
     """In pieces, in groups, and in a slot that was used before."""
     rng = np.random.default_rng(seed)
     wide = out_code == F64 or F64 in codes
+    single &= not wide
     group = len(codes) if wide else min(group, len(codes))
     arrays = [rng.integers(0, 256, elements * ITEMSIZE[c], dtype=np.uint8).view(DTYPES[c]) for c in codes]
     weights, divisor = rng.standard_normal(len(codes)).tolist(), 0.7
@@ -132,10 +184,10 @@ def test_a_slot_of_a_device_has_the_bits_of_one_call(
     slots = [backend.slot(tiling, needs) for _ in range(devices)]
     blend = Blend(
         np.array(codes, np.uint8), tuple(ITEMSIZE[c] for c in codes), np.array(weights), (divisor, 0.0),
-        hashed.astype(np.uint8), out_code, ITEMSIZE[out_code], wide,
+        hashed.astype(np.uint8), out_code, ITEMSIZE[out_code], wide, single,
     )  # fmt: skip
     low = 0.0 if wide else None
-    options = {"low": low, "first_block": first_block, "hashed": hashed.astype(bool).tolist()}
+    options = {"low": low, "single": single, "first_block": first_block, "hashed": hashed.astype(bool).tolist()}
     expected = run("numba", arrays, codes, weights, divisor, out_code, **options)
     for slot in [*slots, slots[0]]:
         token = None

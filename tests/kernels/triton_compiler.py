@@ -45,15 +45,16 @@ def multiplied(constants: dict[str, Any]) -> dict[str, Any]:
     return {**constants, **summary(ptx(90, gram_blocks, kinds, constants))}
 
 
-def constants(first: int, rest: int, out: int, *, hashed: bool, whole: bool) -> dict[str, Any]:
+def constants(first: int, rest: int, out: int, *, hashed: bool, whole: bool, single: bool = False) -> dict[str, Any]:
     return {
-        "FIRST": first, "REST": rest, "OUT": out, "FIRST_HASHED": hashed, "REST_HASHED": True, "WHOLE": whole
+        "FIRST": first, "REST": rest, "OUT": out, "FIRST_HASHED": hashed, "REST_HASHED": True, "WHOLE": whole,
+        "SINGLE": single,
     }  # fmt: skip
 
 
 def summary(text: str) -> dict[str, Any]:
-    """Return how often each float64 operation occurs, and what else tells something."""
-    names = re.findall(r"\b(?:add|sub|mul|fma|div|rcp)\.[a-z0-9.]*f64\b", text)
+    """Return how often each float operation occurs, and what else tells something."""
+    names = re.findall(r"\b(?:add|sub|mul|fma|div|rcp)\.[a-z0-9.]*f(?:32|64)\b", text)
     return {
         "operations": {name: names.count(name) for name in set(names)},
         "flushes": text.count(".ftz"),
@@ -69,8 +70,9 @@ def main() -> None:
             found.append(combined(capability, constants(code, code, code, hashed=True, whole=capability == 90)))
         found.append(combined(90, constants(F64, code, (code + 3) % 8, hashed=False, whole=code % 2 == 0)))
     gram = [multiplied({"CODE": code, "CENTRED": code % 2 == 0, "WHOLE": code < 2}) for code in (0, 1, 2, 4)]
+    single = [combined(90, constants(F64, c, c, hashed=False, whole=True, single=True)) for c in range(8) if c != F64]
     fused = combined(90, constants(0, 0, 0, hashed=True, whole=True), enable_fp_fusion=True)
-    json.dump({"found": found, "gram": gram, "fused": fused}, sys.stdout)
+    json.dump({"found": found, "gram": gram, "single": single, "fused": fused}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,22 @@ def pairs():
             )
 
 
+def singles():
+    """Sums in float32."""
+    rng = np.random.default_rng(8)
+    for first in ALL:
+        for rest in ALL:
+            if rest == F64:
+                continue
+            codes = [first] + [rest] * int(rng.integers(0, 4))
+            draw = any_bits if (first + rest) % 2 and first != F64 else normal
+            arrays = [draw(rng, code, 900 + 11 * first + rest) for code in codes]
+            if first == F64:  # a sum so far
+                arrays[0] = arrays[0].astype(np.float32).astype(np.float64)
+            weights = rng.standard_normal(len(codes)).tolist()
+            compared(arrays, codes, weights, [1.0, 3.0, 0.7][rest % 3], (first + rest) % 8, single=True)
+
+
 def sizes():
     """Whole blocks, parts of blocks and parts of words; one source and 64."""
     rng = np.random.default_rng(1)
@@ -224,9 +240,9 @@ def soup():
     shapes = {"a.weight": (130, 41), "b.weight": (3, 5), "b.bias": (2048,)}
     calls, combine = [], triton_combine.combine
 
-    def counting(sources, codes, *rest):
+    def counting(sources, codes, *rest, **options):
         calls.append(codes)
-        return combine(sources, codes, *rest)
+        return combine(sources, codes, *rest, **options)
 
     triton_combine.combine = counting
     device, weights = "torch:cpu" if DEVICE == "cpu" else DEVICE, [1.0 + 0.1 * i for i in range(7)]
