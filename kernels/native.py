@@ -138,15 +138,16 @@ def _build_sum(stamp: int) -> Any:
 
 
 def _from(module: str, name: str) -> Any:
-    def build(stamp: int) -> Any:
+    def build(stamp: int, **options: Any) -> Any:
         from importlib import import_module
 
-        return getattr(import_module(f".{module}", __package__), f"build_{name}")(stamp)
+        return getattr(import_module(f".{module}", __package__), f"build_{name}")(stamp, **options)
 
     return build
 
 
-_FREE = {"combine": _build_combine, "digest": _build_digest}
+_FREE: dict[str, Any] = {"combine": _build_combine, "digest": _build_digest}
+_FREE |= {name: _from("native_low_rank", name) for name in ("low_rank", "spread")}
 _BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in _FREE.items()}
 _BUILDERS |= {"wide": _build_wide, "single": _build_single, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}

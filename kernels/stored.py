@@ -26,6 +26,8 @@ _I, _U, _F = ctypes.c_int64, ctypes.c_uint64, ctypes.c_double
 _TYPES: dict[str, tuple[Any, ...]] = {
     "combine": (_I, _U, _I, _U, _U, _F, _F, _I, _I, _I, _U, _I, _U, _U, _U, _U, _U, _I, _I, _I, _U),
     "digest": (_U, _U, _I, _I, _I),
+    "low_rank": (_I, _U, _I, _U, _I, _I, _I, _U, _U, _I, _F),
+    "spread": (_I, _U, *(_I,) * 5, _U, *(_I,) * 3),
 }
 # Settings of numba that change no code; with any other, numba does all.
 _HARMLESS = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
@@ -39,7 +41,7 @@ def entry(name: str) -> Callable[..., int]:
 
     Parameters
     ----------
-    name : {"combine", "digest"}
+    name : {"combine", "digest", "low_rank", "spread"}
         It takes what the loop in `native` takes, and releases the GIL.
     """
     found = _ENTRIES.get(name)
