@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints import Checkpoint
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint
 from streamsoup.checkpoints.sliced import SlicedCheckpoint
 from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.files import write_durably, writing_to
@@ -76,12 +76,18 @@ def copy_companions(checkpoint: Checkpoint, target: Path, *, dtype: str | None) 
             shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
         copied.append(str(name))
     config = target / "config.json"
-    layers, before = (
-        (checkpoint.layers, checkpoint.layers_before) if isinstance(checkpoint, SlicedCheckpoint) else (None, 0)
-    )
+    stored = _beneath(checkpoint)
+    layers, before = (stored.layers, stored.layers_before) if isinstance(stored, SlicedCheckpoint) else (None, 0)
     if (dtype is not None or layers is not None) and config.exists():
         _correct(config, None if dtype is None else parse_float_dtype(dtype), layers, before)
     return copied
+
+
+def _beneath(checkpoint: Checkpoint) -> Checkpoint:
+    """Return what has the layers of a checkpoint that is computed: a base, whatever is put on it."""
+    while isinstance(checkpoint, DerivedCheckpoint):
+        checkpoint = checkpoint.parts[0]
+    return checkpoint
 
 
 def _correct(config: Path, dtype: DType | None, layers: Sequence[int] | None, layers_before: int) -> None:

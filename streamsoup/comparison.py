@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler, default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, verify_unchanged
+from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, prepare_derived, verify_unchanged
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
 from streamsoup.comparison_gathering import Gathered, TensorFigures
 from streamsoup.devices import choose_means
@@ -229,6 +229,7 @@ def compare(
     plan, mode = _plan(checkpoints, execution)
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
     with compile_notice(on_compile):
+        prepare_derived(checkpoints)
         backend.prepare(wide=False, fp8=any(d.is_fp8 for d in codes), surveyed=True)
     with PeakSampler() as sampler, open_sources(checkpoints, mode) as sources:
         gathered = Gathered(plan, based=base is not None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints import open_checkpoints
+from streamsoup.checkpoints import absolute_path, open_checkpoints
 from streamsoup.checkpoints.sliced import Part, join_parts, layer_stack, scales_of
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
@@ -351,7 +351,7 @@ def _model(given: object, where: str) -> str:
 
 
 def _same(one: str, other: str) -> bool:
-    return os.path.abspath(one) == os.path.abspath(other)
+    return absolute_path(one) == absolute_path(other)
 
 
 def _is_among(path: str, entries: Sequence[_Entry]) -> bool:

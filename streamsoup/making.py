@@ -12,7 +12,7 @@ from typing import Any
 
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import PeakSampler
-from streamsoup.checkpoints import verify_unchanged
+from streamsoup.checkpoints import prepare_derived, verify_unchanged
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
 from streamsoup.errors import ChangedIngredientError, MismatchError
@@ -95,6 +95,7 @@ class Making:
         dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
         dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
         with compile_notice(execution.on_compile):
+            prepare_derived(plan.checkpoints)
             self.backend.prepare(
                 wide=any(d.is_wide for d in dtypes),
                 fp8=any(d.is_fp8 for d in dtypes),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup._version import __version__
-from streamsoup.checkpoints import TensorTable
+from streamsoup.checkpoints import TensorTable, split_path
 from streamsoup.dtypes import DTYPES
 from streamsoup.plan import Plan
 from streamsoup.recipe import Recipe
@@ -187,4 +187,4 @@ This checkpoint is {how} of the weights of {len(recipe.ingredients)} fine-tuned 
 
 def _short(path: str) -> str:
     """The last two parts of a path: enough to know it, and no one's home folder."""
-    return "/".join(Path(path).parts[-2:])
+    return "+".join("/".join(Path(part).parts[-2:]) for part in split_path(path))

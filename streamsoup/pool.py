@@ -12,7 +12,7 @@ import numpy.typing as npt
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, arranged_like, open_checkpoints
+from streamsoup.checkpoints import Checkpoint, arranged_like, open_checkpoints, prepare_derived
 from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine
@@ -241,6 +241,7 @@ class Pool:
         """Import and compile what runs (and measurements) need."""
         if measured or not self._prepared:
             self.backend.prepare(wide=self.is_wide, fp8=self._is_fp8, measured=measured)
+            prepare_derived(self.checkpoints.values())
             self._prepared = True
 
     def run_tensor(self, plan: Plan, sources: Sequence[Source], sink: Sink, tensor: int) -> Outcome:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from streamsoup.checkpoints.paths import absolute_path, change_path
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.methods.parameters import plain
@@ -113,7 +114,7 @@ class Recipe:
                 raise RecipeError("Method uniform takes no weights. Leave them out, or give method weighted.")
             object.__setattr__(self, "method", "linear")
         for ingredient in self.ingredients:
-            if self.base is not None and os.path.abspath(ingredient.path) == os.path.abspath(self.base):
+            if self.base is not None and absolute_path(ingredient.path) == absolute_path(self.base):
                 raise RecipeError(f"{ingredient.path}: is the base, and an ingredient too. Leave it out of them.")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
@@ -199,12 +200,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Change every path of a recipe."""
+    """Change every path of a recipe; of a base with adapters, each."""
 
     def maybe(path: str | None) -> str | None:
-        return None if path is None else change(path)
+        return None if path is None else change_path(path, change)
 
-    ingredients = tuple(replace(i, path=change(i.path), importance=maybe(i.importance)) for i in recipe.ingredients)
+    ingredients = tuple(
+        replace(i, path=change_path(i.path, change), importance=maybe(i.importance)) for i in recipe.ingredients
+    )
     return replace(recipe, ingredients=ingredients, base=maybe(recipe.base))
 
 

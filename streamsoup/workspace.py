@@ -16,12 +16,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints import Checkpoint
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint
 from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.files import is_locked, lock_folder, sync, write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
@@ -106,9 +106,7 @@ def check_destination(
 
 def _refuse_touching(path: Path, checkpoint: Checkpoint) -> None:
     mine = Path(os.path.realpath(path))
-    places = [Path(os.path.realpath(checkpoint.path))]
-    places += [Path(os.path.realpath(shard.path)) for shard in checkpoint.shards]
-    for theirs in places:
+    for theirs in (Path(os.path.realpath(place)) for place in _places(checkpoint)):
         if mine == theirs:
             relation = "is"
         elif mine in theirs.parents:
@@ -118,6 +116,16 @@ def _refuse_touching(path: Path, checkpoint: Checkpoint) -> None:
         else:
             continue
         raise DestinationError(f"{path}: {relation} the ingredient {checkpoint.path}. Choose another place.")
+
+
+def _places(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield where an ingredient lies; what is put together of others, where these lie."""
+    yield checkpoint.path
+    if isinstance(checkpoint, DerivedCheckpoint):
+        for part in checkpoint.parts:
+            yield from _places(part)
+    else:
+        yield from (shard.path for shard in checkpoint.shards)
 
 
 class Workspace:

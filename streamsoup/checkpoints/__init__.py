@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Sequence
 
-from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of
+from streamsoup.checkpoints.adapters import add_adapter
+from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of, prepare_derived
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
+from streamsoup.checkpoints.paths import absolute_path, real_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
 from streamsoup.checkpoints.selected import arranged_like, select
@@ -23,6 +26,7 @@ __all__ = [
     "Shard",
     "StoredCheckpoint",
     "TensorTable",
+    "absolute_path",
     "arranged_like",
     "expand_paths",
     "expect_identity",
@@ -33,7 +37,10 @@ __all__ = [
     "natural_order",
     "open_checkpoints",
     "out_dtypes_of",
+    "prepare_derived",
+    "real_path",
     "select",
+    "split_path",
     "verify_unchanged",
 ]
 
@@ -50,12 +57,20 @@ def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
 
 
 def _open(path: str, parsed: Parsed) -> Checkpoint:
+    opened, *adapters = split_path(path)
+    if adapters:
+        base = _open(opened, parsed)
+        for number, adapter in enumerate(adapters, 1):
+            base = add_adapter("+".join([opened, *adapters[:number]]), base, _open(adapter, parsed))
+        return base
     parts = split_parts(path)
     return open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
     """Expand patterns, each in natural order (run2 before run10); other paths stay as they are.
+
+    Patterns of bases and adapters, ``base+runs/*``, are expanded each, and every base gets every adapter.
 
     Raises
     ------
@@ -64,14 +79,18 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     """
     expanded: list[str] = []
     for path in paths:
-        if glob.has_magic(path) and not os.path.exists(path) and not split_parts(path):
-            found = _natural(glob.glob(path))
-            if not found:
-                raise CheckpointNotFoundError(f"{path}: matches no file or folder.", path=path)
-            expanded += found
-        else:
-            expanded.append(path)
+        parts = split_path(path, lambda part: os.path.exists(part) or bool(glob.glob(part)))
+        expanded += ["+".join(found) for found in itertools.product(*(_expand(part) for part in parts))]
     return expanded
+
+
+def _expand(path: str) -> list[str]:
+    if not glob.has_magic(path) or os.path.exists(path) or split_parts(path):
+        return [path]
+    found = _natural(glob.glob(path))
+    if not found:
+        raise CheckpointNotFoundError(f"{path}: matches no file or folder.", path=path)
+    return found
 
 
 def natural_order(paths: Sequence[str]) -> list[str]:

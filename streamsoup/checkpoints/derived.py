@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,12 +50,25 @@ class DerivedCheckpoint:
         """The files of all parts."""
         return tuple(shard for part in self.parts for shard in part.shards)
 
+    def prepare(self) -> None:
+        """Load what computes, so that its memory is not taken for that of the run."""
+        for part in self.parts:
+            if isinstance(part, DerivedCheckpoint):
+                part.prepare()
+
     def derive(self, parts: Sequence[PartReader]) -> Source:
         """Return what computes the bytes of this checkpoint's tensors, and closes the parts when it is closed.
 
         `fetch` is always given a staging buffer.
         """
         raise NotImplementedError
+
+
+def prepare_derived(checkpoints: Iterable[Checkpoint]) -> None:
+    """Load what computes the bytes of those that are computed."""
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, DerivedCheckpoint):
+            checkpoint.prepare()
 
 
 def out_dtypes_of(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:

@@ -204,7 +204,7 @@ def _remove_workdir(folder: Path) -> None:
 
 
 def _job(args: argparse.Namespace) -> GreedyJob:
-    from streamsoup.checkpoints import expand_paths, natural_order
+    from streamsoup.checkpoints import absolute_path, expand_paths, natural_order
     from streamsoup.greedy_options import make_job
 
     if not args.ingredients:
@@ -219,7 +219,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
     order, own_scores = _order(args.order, paths)
     options = {
         "order": order,
-        "own_scores": own_scores and {os.path.abspath(path): score for path, score in own_scores.items()},
+        "own_scores": own_scores and {absolute_path(path): score for path, score in own_scores.items()},
         "metric": args.metric,
         "also": tuple(args.also or ()),
         "minimize": args.minimize,
@@ -239,7 +239,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
     }
     # Absolute, so that the run can be resumed from anywhere.
     return make_job(
-        [os.path.abspath(path) for path in paths],
+        [absolute_path(path) for path in paths],
         args.output and os.path.abspath(args.output),
         score_command=args.score,
         before_command=args.before_score,

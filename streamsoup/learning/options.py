@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamsoup.checkpoints import absolute_path, real_path
 from streamsoup.errors import RecipeError
 from streamsoup.greedy_job import GreedyResult
 from streamsoup.learning.groups import By
@@ -51,7 +51,7 @@ def make_learn_job(
         raise RecipeError("patience: waits for a lower held-out loss, but there are no held-out batches. Give both.")
     if not isinstance(optimizer, str) and (own.keys() & {"lr", "weight_decay"}):
         raise RecipeError("lr and weight_decay are for an optimiser by name. Give them to the one that you make.")
-    known = [os.path.realpath(path) for path in paths]
+    known = [real_path(path) for path in paths]
     if twice := next((path for path, real in zip(paths, known, strict=True) if known.count(real) > 1), None):
         raise RecipeError(f"{twice}: is named twice. Name it once.")
     start = _start(paths, init)
@@ -61,7 +61,7 @@ def make_learn_job(
         chosen = [i for i, weight in enumerate(start) if weight]
         paths, start = [paths[i] for i in chosen], tuple(start[i] for i in chosen)
     return LearnJob(
-        tuple(os.path.abspath(path) for path in paths),
+        tuple(absolute_path(path) for path in paths),
         by=by if isinstance(by, str) else tuple(by),
         init=start,
         optimizer=optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", "custom"),
@@ -80,7 +80,7 @@ def _start(paths: Sequence[str], init: Init) -> tuple[float, ...] | None:
         init = {member.path: member.weight for member in init.members}
     if isinstance(init, Mapping):
         weights = _added((path, float(weight)) for path, weight in init.items())
-        known = [os.path.realpath(path) for path in paths]
+        known = [real_path(path) for path in paths]
         if unknown := sorted(weights.keys() - set(known)):
             raise RecipeError(f"init: {unknown[0]} has a weight, but is not among the ingredients.")
         init = [weights.get(path, 0.0) for path in known]
@@ -97,7 +97,7 @@ def _added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Add up the weights of each checkpoint, by its real path."""
     found: dict[str, float] = {}
     for path, weight in pairs:
-        real = os.path.realpath(path)
+        real = real_path(path)
         found[real] = found.get(real, 0.0) + weight
     return found
 

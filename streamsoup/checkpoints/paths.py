@@ -1,0 +1,52 @@
+"""Paths of ingredients: a file or folder, layers put together (see `sliced`), or a base with adapters, ``base+lora``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from streamsoup.checkpoints.sliced import split_parts
+
+
+def split_path(path: str, exists: Callable[[str], bool] = os.path.exists) -> tuple[str, ...]:
+    """Return a base and its adapters, in order; a path with none of them is the only one.
+
+    What exists with a "+" in its name wins, the longest first.
+
+    Parameters
+    ----------
+    path : str
+    exists : callable taking a path
+        Whether there is such a file or folder.
+
+    Raises
+    ------
+    CheckpointError
+        If layers are picked by paths that would not mean the same from another folder.
+    """
+    pieces = path.split("+")
+    if len(pieces) == 1:
+        return (path,)
+    found: list[str] = []
+    while pieces:
+        heads = ["+".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
+        head = next((head for head in heads if exists(head) or split_parts(head)), pieces[0])
+        found.append(head)
+        pieces = pieces[head.count("+") + 1 :]
+    # An empty piece names nothing, and would become a folder: the name as it is will be said to be missing.
+    return tuple(found) if all(found) else (path,)
+
+
+def change_path(path: str, change: Callable[[str], str]) -> str:
+    """Change each path of a base and its adapters; what exists is judged by what it is changed to."""
+    return "+".join(change(part) for part in split_path(path, lambda part: os.path.exists(change(part))))
+
+
+def absolute_path(path: str) -> str:
+    """Make a path mean the same from any folder."""
+    return change_path(path, os.path.abspath)
+
+
+def real_path(path: str) -> str:
+    """Return an absolute path without links: two paths of one ingredient are equal then."""
+    return change_path(path, os.path.realpath)
