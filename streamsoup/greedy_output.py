@@ -54,7 +54,7 @@ def publish_soup(
     with Workspace(destination_of(job.out)) as workspace:
         workspace.create()  # over what a crash while publishing left: the decision is not in it
         _write_weights(workspace, running, result.members, written, bring)
-        notes = []
+        notes = [*running.pool.notes]
         if before is not None:
             before(workspace.soup)
             notes.append(f"Changed after averaging by: {job.before_command}")

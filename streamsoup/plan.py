@@ -58,6 +58,8 @@ class Plan:
         Rules by name, and how many tensors each fits.
     accumulate : {"float64", "float32"}
         In what sums are kept; float64 is double-double where a dtype is float64.
+    notes : tuple of str
+        What a reader of the soup should know of its ingredients.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -72,6 +74,7 @@ class Plan:
     ahead: bool = False
     touched: tuple[tuple[str, int], ...] = ()
     accumulate: str = "float64"
+    notes: tuple[str, ...] = ()
 
     @property
     def table(self) -> TensorTable:

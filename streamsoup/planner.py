@@ -50,6 +50,7 @@ def make_plan(
     buffer_itemsize: int = 0,
     touched: Sequence[tuple[str, int]] = (),
     accumulate: str = "float64",
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Plan a soup.
 
@@ -90,6 +91,8 @@ def make_plan(
         Rules by name, and how many tensors each fits.
     accumulate : {"float64", "float32"}
         In what sums are kept.
+    notes : sequence of str
+        What a reader of the soup should know of its ingredients.
 
     Raises
     ------
@@ -146,6 +149,7 @@ def make_plan(
         ahead,
         tuple(touched),
         accumulate,
+        tuple(notes),
     )
     if accumulate == "float32":
         _refuse_single(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, arranged_like, open_checkpoints, prepare_derived
+from streamsoup.checkpoints import Checkpoint, adapter_notes, arranged_like, open_checkpoints, prepare_derived
 from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine
@@ -31,6 +32,7 @@ from streamsoup.source import Source
 from streamsoup.units import parse_bytes
 from streamsoup.write import Sink
 
+_log = logging.getLogger(__name__)
 SUM_DTYPES = ("float64", "float32")
 SUM_PLACES = ("auto", "device", "host", "disk")
 
@@ -86,6 +88,8 @@ class Pool:
     budget_bytes : int
     shares : tuple of DeviceShare
         What all of them together take of each device's memory.
+    notes : tuple of str
+        What a reader of their soups should know.
     """
 
     paths: Sequence[str]
@@ -101,6 +105,9 @@ class Pool:
             raise RecipeError("sums: the cpu has no memory but the host's. Give --sums host, or --device cuda.")
         self.backend: Backend = open_backend(self.options.device, self.options.device_budget_bytes)
         opened = open_checkpoints(self.paths)
+        self.notes = adapter_notes(opened)
+        for note in self.notes:
+            _log.warning(note)
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.
         self.checkpoints: dict[str, Checkpoint] = {
             path: arranged_like(checkpoint, opened[0]) for path, checkpoint in zip(self.paths, opened, strict=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import open_checkpoints
+from streamsoup.checkpoints import adapter_notes, open_checkpoints
 from streamsoup.devices import choose_means
 from streamsoup.execution import Execution
 from streamsoup.methods import Method, linear
@@ -83,6 +83,7 @@ def _plan(
         budget_bytes=settled.budget_bytes,
         touched=touched,
         accumulate=recipe.accumulate,
+        notes=adapter_notes(checkpoints),
         **means,
     )
     if destination is not None:

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
+from streamsoup.checkpoints.adapter_soups import adapter_notes
 from streamsoup.checkpoints.adapters import add_adapter
 from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of, prepare_derived
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
@@ -27,6 +28,7 @@ __all__ = [
     "StoredCheckpoint",
     "TensorTable",
     "absolute_path",
+    "adapter_notes",
     "arranged_like",
     "expand_paths",
     "expect_identity",

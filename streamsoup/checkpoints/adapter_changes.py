@@ -17,7 +17,9 @@ from streamsoup.errors import CheckpointError
 
 _PREFIX = "base_model.model."
 # PEFT leaves the name of the adapter out of the file; whoever saved a whole state dict has it in.
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.weight)?"
+)
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -65,9 +67,8 @@ class Matching:
         self._base, self._adapter, self._config = base, adapter, config
         self._positions = base.table.positions()
         count = len(base.table)
-        self._changes = Changes(
-            *(np.full(count, -1, np.int32) for _ in range(3)), np.zeros(count, np.bool_), np.ones(count)
-        )
+        replaced, a, b = (np.full(count, -1, np.int32) for _ in range(3))
+        self._changes = Changes(replaced, a, b, np.zeros(count, np.bool_), np.ones(count))
         self._square: list[str] = []
         self._unlike_config: list[str] = []
 
@@ -145,7 +146,8 @@ class Matching:
             self._fail(f"{key} has shape {b}, but {name} of {self._base.path} has {a}", "Name the adapter's own base.")
         if mine is not theirs and not (mine.is_float and theirs.is_float):
             self._fail(
-                f"{key} is {theirs.name}, but {name} of {self._base.path} is {mine.name}", "Name the adapter's own base."
+                f"{key} is {theirs.name}, but {name} of {self._base.path} is {mine.name}",
+                "Name the adapter's own base.",
             )
         self._changes.replaced[place] = position
 
@@ -157,7 +159,9 @@ class Matching:
             why = f"has no tensor {name}"
             if any(f"{module}.{form}" in self._positions for form in ("qweight", "weight_packed", "weight.absmax")):
                 why = f"holds {module} quantised"
-            self._fail(f"{key} changes {module}, but {self._base.path} {why}", "Name the adapter's own base, unquantised.")
+            self._fail(
+                f"{key} changes {module}, but {self._base.path} {why}", "Name the adapter's own base, unquantised."
+            )
         place = self._positions[name]
         self._expect_floats(name, place, factors)
         rank = self._config.rank_of(module)
@@ -207,7 +211,7 @@ class Matching:
         weight: DType = self._base.table.dtype(place) if replaced < 0 else self._adapter.table.dtype(replaced)
         if weight.name not in _FLOATS:
             self._fail(
-                f"{name} is {weight.name} in {self._base.path}, and an adapter is only added to 16, 32 and 64-bit floats",
+                f"{name} is {weight.name} in {self._base.path}, but adapters are added to 16, 32 and 64-bit floats",
                 "Name the base before it was quantised.",
             )
         for position in (factors.a, factors.b):

@@ -18,7 +18,15 @@ from streamsoup.errors import CheckpointError
 CONFIG_NAME = "adapter_config.json"
 # What was decided for the training, or repeats what the tensors say.
 _HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "peft_type"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "peft_type",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     *("lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying"),

@@ -70,13 +70,14 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
             path=path,
         )
     document, shard = read_document(config)
-    adapter = StoredCheckpoint(
-        adapter.path, adapter.folder, (*adapter.shards, shard), adapter.table, adapter.metadata
-    )
+    adapter = StoredCheckpoint(adapter.path, adapter.folder, (*adapter.shards, shard), adapter.table, adapter.metadata)
     changes = Matching(base, adapter, parse_config(document, str(config))).match()
     ranks = [adapter.table.shape(place)[0] for place in changes.a[changes.a >= 0].tolist()]
     if max(ranks, default=0) > _HIGHEST_RANK:
-        raise CheckpointError(f"{adapter.path}: rank {max(ranks):,} is above {_HIGHEST_RANK:,}. Merge the adapter with peft first.", path=path)
+        raise CheckpointError(
+            f"{adapter.path}: rank {max(ranks):,} is above {_HIGHEST_RANK:,}. Merge the adapter with peft first.",
+            path=path,
+        )
     # What a thread holds of the base, if that is computed, it holds beside our own.
     beneath = base.scratch_bytes if isinstance(base, DerivedCheckpoint) else 0
     return AdaptedCheckpoint(
@@ -121,14 +122,14 @@ class _AdaptedSource(Source):
 
     def fetch(self, position: int, offset: int, nbytes: int, staging: memoryview | None) -> int:
         """See `Source`."""
+        if self._changes.a[position] < 0:  # without a buffer, too: a running sum has its buffers from here
+            part, place = self._whole(position)
+            return part.source.fetch(place, offset, nbytes, staging)
         if staging is None:
             raise ValueError("what is computed needs a staging buffer")
-        if self._changes.a[position] >= 0:
-            with _room() as room:
-                _Sum(self._checkpoint, position, self._base, self._adapter, room).write(offset, nbytes, staging)
-            return address_of(staging)
-        part, place = self._whole(position)
-        return part.source.fetch(place, offset, nbytes, staging)
+        with _room() as room:
+            _Sum(self._checkpoint, position, self._base, self._adapter, room).write(offset, nbytes, staging)
+        return address_of(staging)
 
     def _whole(self, position: int) -> tuple[PartReader, int]:
         """Where the weight itself lies."""
@@ -273,9 +274,7 @@ class _Sum:
                 to = 8 * (start * rank + k * lanes)
                 self._spread(self._right, address, (1, count), (0, 1), to)
 
-    def _spread(
-        self, place: int, address: int, shape: tuple[int, int], steps: tuple[int, int], to: int
-    ) -> None:
+    def _spread(self, place: int, address: int, shape: tuple[int, int], steps: tuple[int, int], to: int) -> None:
         from streamsoup.kernels.low_rank import spread
 
         target = self._right_room.ctypes.data + to

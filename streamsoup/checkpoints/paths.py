@@ -1,4 +1,4 @@
-"""Paths of ingredients: a file or folder, layers put together (see `sliced`), or a base with adapters, ``base+lora``."""
+"""Paths of ingredients: files and folders, layers put together (see `sliced`), bases with adapters: ``base+lora``."""
 
 from __future__ import annotations
 

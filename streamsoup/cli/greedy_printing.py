@@ -81,6 +81,7 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
     ]  # fmt: skip
     if forecast.saved_by_float32_bytes:
         rows.append(("to save disk", f"--sums-dtype float32 saves {format_bytes(forecast.saved_by_float32_bytes)}"))
+    rows += [("note", note) for note in pool.notes]
     for label, text in rows:
         print(f"  {label:<12} {text}")
 

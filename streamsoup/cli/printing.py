@@ -47,6 +47,7 @@ def print_plan(
         "read_mode": mode,
         "device": device,
         "devices": [share.to_json() for share in shares],
+        "notes": list(plan.notes),
     }
     if args.json:
         print(json.dumps(facts))
@@ -77,6 +78,7 @@ def print_plan(
         ("budget", format_binary(plan.budget_bytes)),
         ("peak memory", f"{format_binary(plan.projected_peak_bytes)} projected"),
         ("plan", f"{format_binary(plan.metadata_bytes)} for names, places and digests"),
+        *[("note", note) for note in plan.notes],
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")
