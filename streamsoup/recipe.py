@@ -199,14 +199,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return with_paths(recipe, os.path.abspath)
 
 
-def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Change every path of a recipe; of a base with adapters, each."""
+def with_paths(recipe: Recipe, change: Callable[[str], str], exists: Callable[[str], bool] = os.path.exists) -> Recipe:
+    """Change every path of a recipe; of a base with adapters, each. `exists`: whether there is what a path names."""
 
     def maybe(path: str | None) -> str | None:
-        return None if path is None else change_path(path, change)
+        return None if path is None else change_path(path, change, exists)
 
     ingredients = tuple(
-        replace(i, path=change_path(i.path, change), importance=maybe(i.importance)) for i in recipe.ingredients
+        replace(i, path=change_path(i.path, change, exists), importance=maybe(i.importance)) for i in recipe.ingredients
     )
     return replace(recipe, ingredients=ingredients, base=maybe(recipe.base))
 
@@ -250,7 +250,7 @@ def read_recipe(path: str | Path) -> Recipe:
     document = read_yaml(path)
     recipe = recipe_from_mapping(document, where=str(path))
     folder = path.resolve().parent
-    return with_paths(recipe, lambda given: str(folder / given))
+    return with_paths(recipe, lambda given: str(folder / given), lambda given: (folder / given).exists())
 
 
 def recipe_from_mapping(document: object, *, where: str) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,7 +232,9 @@ def test_a_soup_has_the_bits_of_the_merged_files(tmp_path, pool, read_mode, work
 @pytest.mark.parametrize("method", ["karcher", "ties", "task_arithmetic"])
 def test_methods_with_the_base_as_base(tmp_path, pool, method):
     options = {"method": method, "base": str(pool / "base"), "dtype": "float32"}
-    found, expected = (soup_of(tmp_path, paths, str(i), **options) for i, paths in enumerate((adapted(pool), files(pool))))
+    found, expected = (
+        soup_of(tmp_path, paths, str(i), **options) for i, paths in enumerate((adapted(pool), files(pool)))
+    )
     assert same_bits(found, expected)
 
 
@@ -281,21 +284,29 @@ def test_configuration_files_are_those_of_the_base(tmp_path, pool):
     assert not (tmp_path / "found" / "adapter_config.json").exists()
 
 
-def test_resuming_from_another_folder(tmp_path, pool, monkeypatch):
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.4])
+def test_resuming_from_another_folder(tmp_path, pool, monkeypatch, kept):
+    """With all tiles done, and with those that the first part of the journal knows of."""
     monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(2048, workers)])
     expected = soup_of(tmp_path, adapted(pool), "expected")
-    monkeypatch.chdir(pool)
-    seen = itertools.count()
 
-    def stop(progress):
-        if next(seen) > 8:
-            raise KeyboardInterrupt
+    def stop(*_, **__):
+        raise StopError
 
-    with pytest.raises(KeyboardInterrupt):
-        streamsoup.soup([f"base+lora{i}" for i in range(COUNT)], tmp_path / "found", progress=stop, workers=1)
-    assert (tmp_path / "found.partial" / "job.json").exists()
+    with monkeypatch.context() as patch:
+        patch.chdir(pool)
+        patch.setattr("streamsoup.workspace.Workspace.publish", stop)
+        with pytest.raises(StopError):
+            streamsoup.soup([f"base+lora{i}" for i in range(COUNT)], tmp_path / "found")
+    journal = tmp_path / "found.partial" / "journal"
+    os.truncate(journal, int(kept * journal.stat().st_size))
     monkeypatch.chdir(tmp_path)
-    streamsoup.resume(tmp_path / "found")
+    result = streamsoup.resume(tmp_path / "found")
+    assert bool(result.bytes_read) == (kept < 1)
     assert same_bits(read_checkpoint(tmp_path / "found"), expected)
 
 

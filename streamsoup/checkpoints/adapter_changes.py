@@ -116,9 +116,13 @@ class Matching:
                 self._fail(f"{name} is a factor {what}, which is not supported", "Merge the adapter with peft first.")
             elif ".original_module." not in name:  # the base's own tensor, which the trained one stands in for
                 own = _name_in_base(name)
-                if own in others:
-                    self._fail(f"{names[others[own]]} and {name} are the same tensor", "Keep one of them.")
-                others[own] = position
+                spellings = [names[others[own]], name] if own in others else [name]
+                # With bias "all" peft writes the bias of a module to save a second time, under its inner name.
+                plain = [spelling for spelling in spellings if ".modules_to_save." not in spelling] or spellings
+                if len(plain) > 1:
+                    self._fail(f"{plain[0]} and {plain[1]} are the same tensor", "Keep one of them.")
+                if plain == [name]:
+                    others[own] = position
         return self._paired(halves), others
 
     def _paired(self, halves: Mapping[tuple[str, str], Mapping[str, int]]) -> dict[str, Factors]:

@@ -37,9 +37,15 @@ def split_path(path: str, exists: Callable[[str], bool] = os.path.exists) -> tup
     return tuple(found) if all(found) else (path,)
 
 
-def change_path(path: str, change: Callable[[str], str]) -> str:
-    """Change each path of a base and its adapters; what exists is judged by what it is changed to."""
-    return "+".join(change(part) for part in split_path(path, lambda part: os.path.exists(change(part))))
+def change_path(path: str, change: Callable[[str], str], exists: Callable[[str], bool] = os.path.exists) -> str:
+    """Change each path of a base and its adapters, if there are such; else the whole, as any name with a plus.
+
+    `exists` is asked before a path is changed: ``base+x/../y`` is not ``y``.
+    """
+    parts = split_path(path, exists)
+    if not all(exists(part) or split_parts(part) for part in parts):
+        return change(path)
+    return "+".join(map(change, parts))
 
 
 def absolute_path(path: str) -> str:
