@@ -15,12 +15,13 @@ def add_low_rank(
     count: int,
     first_column: int,
     columns: int,
+    window: tuple[int, int],
     left: int,
     right: int,
     rank: int,
     scale: float,
 ) -> None:
-    """Write a run of elements of W + s·U·V, row by row.
+    """Write those of a run of elements of W + s·U·V, row by row, that lie in a window of columns.
 
     Each element is ``W + s * (((u0*v0 + u1*v1) + u2*v2) + ...)``, every operation rounded to float64, and the result
     rounded to the dtype of `out`; the same bits wherever the run begins and ends.
@@ -38,10 +39,12 @@ def add_low_rank(
         Column of the first element.
     columns : int
         Columns of a row.
+    window : (int, int)
+        First column, and the one after the last, of those that are written: V may be too large to be decoded whole.
     left : int
         Address of the rows of U that the run touches, float64, shape (rows, rank).
     right : int
-        Address of the panels of V, float64, shape (ceil(columns / LANES), rank, LANES).
+        Address of the panels of the window's columns of V, float64, shape (ceil(columns / LANES), rank, LANES).
     rank : int
         At least 1.
     scale : float
@@ -51,7 +54,7 @@ def add_low_rank(
     Memory: none. Releases the GIL. NaNs are canonical. Source: Hu et al. 2021, arXiv 2106.09685, equation 3; order of
     operations: own.
     """
-    entry("low_rank")(base, code, out, count, first_column, columns, left, right, rank, scale)
+    entry("low_rank")(base, code, out, count, first_column, columns, *window, left, right, rank, scale)
 
 
 def spread(

@@ -25,7 +25,7 @@ _WIDTH = 8
 # So many rows go through a panel of V before the next one is fetched from the second-level cache.
 _ROWS = 16
 _CODES = (BF16, F16, F32, F64)
-_LOW_RANK = numba.i8(*(numba.u8, numba.i8, numba.u8, *(numba.i8,) * 3, numba.u8, numba.u8, numba.i8, numba.f8))
+_LOW_RANK = numba.i8(*(numba.u8, numba.i8, numba.u8, *(numba.i8,) * 5, numba.u8, numba.u8, numba.i8, numba.f8))
 _SPREAD = numba.i8(numba.u8, *(numba.i8,) * 5, numba.u8, *(numba.i8,) * 3)
 
 
@@ -107,16 +107,16 @@ def _rows_loop(code: int) -> Any:
     size, out_size = ITEMSIZE[code], max(4, ITEMSIZE[code])
 
     @numba.njit(nogil=True, error_model="numpy")
-    def rows_loop(base, out, count, first_column, columns, left, right, rank, scale):
+    def rows_loop(base, out, count, first_column, columns, begin, end, left, right, rank, scale):
         last = first_column + count  # as if the first row began at its start
         rows = (last + columns - 1) // columns
         for group in range(0, rows, _ROWS):
-            for panel in range((columns + LANES - 1) // LANES):
-                start = panel * LANES
-                numbers = right + np.uint64(8 * start * rank)
+            for panel in range((end - begin + LANES - 1) // LANES):
+                start = begin + panel * LANES
+                numbers = right + np.uint64(8 * panel * LANES * rank)
                 for row in range(group, min(group + _ROWS, rows)):
                     low = max(start, first_column) if row == 0 else start
-                    high = min(min(start + LANES, columns), last - row * columns)
+                    high = min(min(start + LANES, end), last - row * columns)
                     factors = left + np.uint64(8 * row * rank)
                     while low < high:
                         here = row * columns + low - first_column
@@ -140,15 +140,15 @@ def build_low_rank(stamp: int, **options: Any) -> Any:
     bf16, f16, f32, f64 = (_rows_loop(code) for code in _CODES)
 
     @numba.njit(_LOW_RANK, nogil=True, error_model="numpy", **options)
-    def loop(base, code, out, count, first_column, columns, left, right, rank, scale):
+    def loop(base, code, out, count, first_column, columns, begin, end, left, right, rank, scale):
         if code == BF16:
-            bf16(base, out, count, first_column, columns, left, right, rank, scale)
+            bf16(base, out, count, first_column, columns, begin, end, left, right, rank, scale)
         elif code == F16:
-            f16(base, out, count, first_column, columns, left, right, rank, scale)
+            f16(base, out, count, first_column, columns, begin, end, left, right, rank, scale)
         elif code == F32:
-            f32(base, out, count, first_column, columns, left, right, rank, scale)
+            f32(base, out, count, first_column, columns, begin, end, left, right, rank, scale)
         else:
-            f64(base, out, count, first_column, columns, left, right, rank, scale)
+            f64(base, out, count, first_column, columns, begin, end, left, right, rank, scale)
         return np.int64(stamp) & 0
 
     return loop

@@ -26,7 +26,7 @@ _I, _U, _F = ctypes.c_int64, ctypes.c_uint64, ctypes.c_double
 _TYPES: dict[str, tuple[Any, ...]] = {
     "combine": (_I, _U, _I, _U, _U, _F, _F, _I, _I, _I, _U, _I, _U, _U, _U, _U, _U, _I, _I, _I, _U),
     "digest": (_U, _U, _I, _I, _I),
-    "low_rank": (_I, _U, _I, _U, _I, _I, _I, _U, _U, _I, _F),
+    "low_rank": (_I, _U, _I, _U, *(_I,) * 5, _U, _U, _I, _F),
     "spread": (_I, _U, *(_I,) * 5, _U, *(_I,) * 3),
 }
 # Settings of numba that change no code; with any other, numba does all.

@@ -214,22 +214,11 @@ class _Sum:
             for row in range(first_row, last_row + 1, rows):
                 some = range(row, min(row + rows, last_row + 1))
                 self._decode_left(some)
-                for start, stop in self._runs(some, block, begin, end):
-                    self._add(start, stop, some.start, block, target + (start - begin) * self._itemsize)
-
-    def _runs(self, rows: range, block: range, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Elements that lie in these rows and columns, as far as they lie together."""
-        columns = self._columns
-        if len(block) == columns:
-            yield max(begin, rows.start * columns), min(end, rows.stop * columns)
-            return
-        for row in rows:
-            start, stop = max(begin, row * columns + block.start), min(end, row * columns + block.stop)
-            if start < stop:
-                yield start, stop
+                start, stop = max(begin, some.start * self._columns), min(end, some.stop * self._columns)
+                self._add(start, stop, some.start, block, target + (start - begin) * self._itemsize)
 
     def _add(self, start: int, stop: int, first_row: int, block: range, target: int) -> None:
-        """Write a run of elements, a strip of the weight at a time."""
+        """Write what of a run of elements lies in a block of columns, a strip of the weight at a time."""
         from streamsoup.kernels.low_rank import add_low_rank
 
         weights, place = self._weights
@@ -244,8 +233,9 @@ class _Sum:
                     self._weight.kernel_code,
                     target + (first - start) * self._itemsize,
                     count,
-                    column - block.start,
-                    len(block),
+                    column,
+                    self._columns,
+                    (block.start, block.stop),
                     left,
                     self._right_room.ctypes.data,
                     self._rank,
@@ -262,11 +252,11 @@ class _Sum:
                 shape, steps = (rank, count // rank), (1, rank)
                 self._spread(self._right, address, shape, steps, 8 * panel * rank * lanes)
             return
-        whole = len(block) == self._columns
-        if whole and self._columns * self._dtypes[self._right].itemsize <= STRIP_BYTES:
+        size = self._dtypes[self._right].itemsize
+        if self._columns * size <= STRIP_BYTES // 2:  # whole rows: a call takes as long as 80 kB of them
             for start, count, address in self._pieces(self._right, 0, rank * self._columns, self._columns):
-                k, rows = start // self._columns, count // self._columns
-                self._spread(self._right, address, (rows, self._columns), (self._columns, 1), 8 * k * lanes)
+                k, shape = start // self._columns, (count // self._columns, len(block))
+                self._spread(self._right, address + block.start * size, shape, (self._columns, 1), 8 * k * lanes)
             return
         for k in range(rank):
             begin = k * self._columns + block.start

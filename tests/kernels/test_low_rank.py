@@ -25,19 +25,21 @@ def panels(right, code):
     return out
 
 
-def run(weights, left, right, scale, begin, end, *, misaligned=0):
+def run(weights, left, right, scale, begin, end, *, misaligned=0, step=None):
+    """Compute a run of elements, `step` columns at a time."""
     code = CODES[{2: "BF16", 4: "F32", 8: "F64"}[weights.itemsize]] if weights.dtype != np.float16 else F16
-    columns, size = weights.shape[1], weights.itemsize
+    (_, columns), size = weights.shape, weights.itemsize
     raw = np.empty(weights.nbytes + misaligned, np.uint8)
     raw[misaligned:] = np.frombuffer(weights.tobytes(), np.uint8)
     out = np.empty(end - begin, np.float64 if code == F64 else np.float32)
     rows = np.ascontiguousarray(left[begin // columns :])
-    lanes = panels(np.ascontiguousarray(right, np.float64), F64)
-    place = address(raw) + misaligned + begin * size
-    add_low_rank(
-        place, code, address(out), end - begin, begin % columns, columns, address(rows), address(lanes), left.shape[1],
-        scale,
-    )  # fmt: skip
+    for start in range(0, columns, step or columns):
+        window = start, min(columns, start + (step or columns))
+        lanes = panels(np.ascontiguousarray(right[:, slice(*window)], np.float64), F64)
+        add_low_rank(
+            address(raw) + misaligned + begin * size, code, address(out), end - begin, begin % columns, columns, window,
+            address(rows), address(lanes), left.shape[1], scale,
+        )  # fmt: skip
     return out
 
 
@@ -50,8 +52,9 @@ def test_runs(dtype, rows, columns, rank):
     kind = np.float64 if dtype == "F64" else np.float32
     expected = (weights.astype(np.float64) + 0.3 * product(left, right)).astype(kind).reshape(-1)
     for begin, end in [(0, rows * columns), *(sorted(rng.integers(0, rows * columns + 1, 2)) for _ in range(10))]:
-        found = run(weights, left, right, 0.3, int(begin), int(end), misaligned=1)
-        assert found.tobytes() == expected[begin:end].tobytes()
+        for step in (None, 1, 11, 40):
+            found = run(weights, left, right, 0.3, int(begin), int(end), misaligned=1, step=step)
+            assert found.tobytes() == expected[begin:end].tobytes()
 
 
 def test_products_and_sums_are_not_fused():
