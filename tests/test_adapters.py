@@ -336,6 +336,13 @@ def test_what_is_held_meanwhile_counts_in_the_budget(tmp_path, pool):
         streamsoup.soup(adapted(pool), tmp_path / "soup", budget_bytes="9MiB")
 
 
+def test_memory_stays_under_the_budget_for_any_number(tmp_path, pool):
+    paths = adapted(pool) * 16
+    result = streamsoup.soup(paths, tmp_path / "soup", budget_bytes="40MiB", read_mode="plain", workers=2)
+    assert result.ingredients == 16 * COUNT
+    assert result.measured_peak_bytes <= result.projected_peak_bytes <= 40 << 20
+
+
 def test_a_thread_holds_no_more_than_it_says(tmp_path):
     """Wide, high and of a high rank: neither the weight nor a factor is ever whole."""
     import tracemalloc
@@ -377,6 +384,14 @@ def test_command_line(tmp_path, pool):
     assert done.returncode == 0, done.stderr
     expected = soup_of(tmp_path, files(pool)[:2], "w", weights=[3, 1], dtype="bfloat16")
     assert same_bits(read_checkpoint(tmp_path / "weighted"), expected)
+
+
+def test_adapters_alone_have_a_note(tmp_path, pool):
+    done = streamsoup_cli("soup", "lora0", "lora1", "--dry-run", "-o", tmp_path / "soup", cwd=pool)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("give base+adapter for each") == 1
+    done = streamsoup_cli("soup", "lora0", "lora1", "-o", tmp_path / "soup", cwd=pool)
+    assert done.stdout.count("give base+adapter for each") == 1
 
 
 def test_inspect(pool):
