@@ -13,7 +13,14 @@ import numpy.typing as npt
 from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, adapter_notes, arranged_like, open_checkpoints, prepare_derived
+from streamsoup.checkpoints import (
+    Checkpoint,
+    DerivedCheckpoint,
+    adapter_notes,
+    arranged_like,
+    open_checkpoints,
+    prepare_derived,
+)
 from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
 from streamsoup.engine import Engine
@@ -230,6 +237,9 @@ class Pool:
         engines: int = 1,
     ) -> Plan:
         options = self.options
+        means = choose_means(options.device, self.mode, options.workers, tensor_bytes=tensor_bytes(checkpoints))
+        # A running sum takes its copied tensors from a checkpoint that may be computed.
+        means["staged"] |= any(isinstance(c, DerivedCheckpoint) for c in self.checkpoints.values())
         return make_plan(
             checkpoints,
             method,
@@ -241,7 +251,7 @@ class Pool:
             reserved_bytes=reserved_bytes,
             buffer_itemsize=buffer_itemsize,
             engines=engines,
-            **choose_means(options.device, self.mode, options.workers, tensor_bytes=tensor_bytes(checkpoints)),
+            **means,
         )
 
     def prepare(self, *, measured: bool = False) -> None:

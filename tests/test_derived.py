@@ -28,14 +28,19 @@ class Halved(DerivedCheckpoint):
     """The float32 tensors of a checkpoint, halved, which is exact; of bfloat16, as people think of it."""
 
     def derive(self, parts):
-        return HalvedSource(parts[0])
+        return HalvedSource(parts[0], self.table)
 
 
 class HalvedSource(Source):
-    def __init__(self, part):
+    def __init__(self, part, table):
         self._part = part
+        self._table = table
 
     def fetch(self, position, offset, nbytes, staging):
+        if self._table.dtype(position).name != "F32":
+            with self._part.view(position, offset, nbytes) as stored:
+                staging[:] = stored.data
+            return address_of(staging)
         target = np.frombuffer(staging, np.float32)
         for start in range(0, nbytes, STRIP_BYTES):
             size = min(STRIP_BYTES, nbytes - start)
@@ -50,15 +55,21 @@ class HalvedSource(Source):
         self._part.source.close()
 
 
+def halves_of(array):
+    return array * np.float32(0.5) if array.dtype == np.float32 else array
+
+
 def halved(part):
     bfloat16 = np.full(len(part.table), BY_NAME["BF16"].index, np.uint8)
-    return Halved(part.path, part.folder, (part,), part.table, part.metadata, bfloat16, STRIP_BYTES)
+    dtypes = np.where(part.table.dtypes == BY_NAME["F32"].index, bfloat16, part.table.dtypes)
+    return Halved(part.path, part.folder, (part,), part.table, part.metadata, dtypes, STRIP_BYTES)
 
 
 @pytest.fixture(scope="module")
 def tensors():
     rng = np.random.default_rng(0)
-    return [{n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(COUNT)]
+    floats = [{n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(COUNT)]
+    return [{**run, "ids": np.arange(9)} for run in floats]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,7 @@ def runs(tmp_path_factory, tensors):
     folder = tmp_path_factory.mktemp("derived")
     for i, run in enumerate(tensors):
         write_checkpoint(folder / f"halved-{i}", run, shards=2, pad=1 + i)
-        write_checkpoint(folder / f"plain-{i}", {n: a * np.float32(0.5) for n, a in run.items()}, shards=2)
+        write_checkpoint(folder / f"plain-{i}", {n: halves_of(a) for n, a in run.items()}, shards=2)
     return folder
 
 
@@ -131,6 +142,19 @@ def test_running_sums_and_greedy(tmp_path, runs, place):
         results.append([(trial.accepted, trial.score) for trial in result.trials])
     assert results[0] == results[1]
     assert same_bits(read_checkpoint(tmp_path / "greedy-halved"), read_checkpoint(tmp_path / "greedy-plain"))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_running_sum_takes_what_is_copied_from_one(tmp_path, runs, tensors, on_disk):
+    paths = [str(runs / "halved-0"), str(runs / "halved-2")]
+    folder = tmp_path / "sum" if on_disk else None
+    with streamsoup.RunningSoup(paths, folder=folder, dtype="float32") as running:
+        for path in paths:
+            running.add(path)
+        found = running.mean().tensors()
+    assert found["ids"].tolist() == list(range(9))
+    expected = soup_of(tmp_path, paths, "soup", dtype="float32")
+    assert_array_equal(found["layers.1.w"].numpy(), expected["layers.1.w"])
 
 
 def test_tensors_can_be_picked_and_named_anew(tmp_path, runs, tensors):
