@@ -148,6 +148,7 @@ def _from(module: str, name: str) -> Any:
 
 _FREE: dict[str, Any] = {"combine": _build_combine, "digest": _build_digest}
 _FREE |= {name: _from("native_low_rank", name) for name in ("low_rank", "spread")}
+_FREE |= {name: _from("native_block_scaled", name) for name in ("dequantise", "largest", "quantise")}
 _BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in _FREE.items()}
 _BUILDERS |= {"wide": _build_wide, "single": _build_single, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}

@@ -28,6 +28,7 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "digest": (_U, _U, _I, _I, _I),
     "low_rank": (_I, _U, _I, _U, *(_I,) * 5, _U, _U, _I, _F),
     "spread": (_I, _U, *(_I,) * 5, _U, *(_I,) * 3),
+    **dict.fromkeys(("dequantise", "largest", "quantise"), (_I, _U, *(_I,) * 7, _U, _I, _U)),
 }
 # Settings of numba that change no code; with any other, numba does all.
 _HARMLESS = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
@@ -41,7 +42,7 @@ def entry(name: str) -> Callable[..., int]:
 
     Parameters
     ----------
-    name : {"combine", "digest", "low_rank", "spread"}
+    name : {"combine", "digest", "dequantise", "largest", "low_rank", "quantise", "spread"}
         It takes what the loop in `native` takes, and releases the GIL.
     """
     found = _ENTRIES.get(name)
