@@ -70,16 +70,17 @@ def copy_companions(checkpoint: Checkpoint, target: Path, *, dtype: str | None) 
     if source is None:
         return []
     copied = []
+    left_out = checkpoint.left_out if isinstance(checkpoint, DerivedCheckpoint) else frozenset()
     for name in companion_files(source):
+        if str(name) in left_out:
+            continue
         with writing_to(target / name):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)  # contents only: permissions follow the umask
         copied.append(str(name))
     config = target / "config.json"
-    stored = _beneath(checkpoint)
-    layers, before = (stored.layers, stored.layers_before) if isinstance(stored, SlicedCheckpoint) else (None, 0)
-    if (dtype is not None or layers is not None) and config.exists():
-        _correct(config, None if dtype is None else parse_float_dtype(dtype), layers, before)
+    if config.exists():
+        _correct(config, None if dtype is None else parse_float_dtype(dtype), checkpoint)
     return copied
 
 
@@ -90,20 +91,21 @@ def _beneath(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _correct(config: Path, dtype: DType | None, layers: Sequence[int] | None, layers_before: int) -> None:
+def _correct(config: Path, dtype: DType | None, checkpoint: Checkpoint) -> None:
     try:
         document = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
         return  # not JSON after all: copied as it is
     if not isinstance(document, dict):
         return
-    changes: dict[str, Any] = {}
+    right = checkpoint.configured(document) if isinstance(checkpoint, DerivedCheckpoint) else dict(document)
     if dtype is not None:
-        changes = {key: dtype.torch_name for key in ("dtype", "torch_dtype") if key in document}
-    if layers is not None:
-        changes |= _with_layers(document, layers, layers_before)
-    if changes:
-        write_durably(config, json.dumps({**document, **changes}, indent=2, ensure_ascii=False) + "\n")
+        right |= {key: dtype.torch_name for key in ("dtype", "torch_dtype") if key in right}
+    stored = _beneath(checkpoint)
+    if isinstance(stored, SlicedCheckpoint):
+        right |= _with_layers(right, stored.layers, stored.layers_before)
+    if right != document:
+        write_durably(config, json.dumps(right, indent=2, ensure_ascii=False) + "\n")
 
 
 def _with_layers(document: Mapping[str, Any], layers: Sequence[int], before: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   ├── HeaderError                      a safetensors header that breaks the format
     │   ├── ShardIndexError                  an index that does not describe its shards
-    │   └── UnsupportedDTypeError            scaled fp8, packed sub-byte formats
+    │   └── UnsupportedDTypeError            scales that are not understood, packed sub-byte formats
     ├── MismatchError (ValueError)           ingredients that do not fit together
     ├── ChangedIngredientError (ValueError)  an ingredient is no longer what it was
     ├── NonFiniteError (ArithmeticError)     NaN or infinity in an ingredient or in the soup
@@ -65,7 +65,7 @@ class ShardIndexError(CheckpointError):
 
 
 class UnsupportedDTypeError(CheckpointError):
-    """Numbers whose average would be wrong: scaled fp8, packed sub-byte formats."""
+    """Numbers whose average would be wrong: with scales that are not understood, in packed sub-byte formats."""
 
 
 class MismatchError(StreamsoupError, ValueError):

@@ -20,6 +20,7 @@ from streamsoup.checkpoints import (
     arranged_like,
     open_checkpoints,
     prepare_derived,
+    remarks_of,
 )
 from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
@@ -112,7 +113,7 @@ class Pool:
             raise RecipeError("sums: the cpu has no memory but the host's. Give --sums host, or --device cuda.")
         self.backend: Backend = open_backend(self.options.device, self.options.device_budget_bytes)
         opened = open_checkpoints(self.paths)
-        self.notes = adapter_notes(opened)
+        self.notes = (*adapter_notes(opened), *remarks_of(opened))
         for note in self.notes:
             _log.warning(note)
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from streamsoup.checkpoints.adapter_soups import adapter_notes
 from streamsoup.checkpoints.adapters import add_adapter
-from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of, prepare_derived
+from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of, prepare_derived, remarks_of
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.paths import absolute_path, real_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
+from streamsoup.checkpoints.quantised import quantised, scaled_names
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.scaled import dequantised
 from streamsoup.checkpoints.selected import arranged_like, select
 from streamsoup.checkpoints.sliced import open_sliced, split_parts
 from streamsoup.checkpoints.table import TensorTable
@@ -40,7 +42,10 @@ __all__ = [
     "open_checkpoints",
     "out_dtypes_of",
     "prepare_derived",
+    "quantised",
     "real_path",
+    "remarks_of",
+    "scaled_names",
     "select",
     "split_path",
     "verify_unchanged",
@@ -66,7 +71,8 @@ def _open(path: str, parsed: Parsed) -> Checkpoint:
             base = add_adapter("+".join([opened, *adapters[:number]]), base, _open(adapter, parsed))
         return base
     parts = split_parts(path)
-    return open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
+    stored = open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
+    return dequantised(stored, parsed.scalings)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.table import TensorTable
+from streamsoup.dtypes import DTYPES, DType
 from streamsoup.source import PartReader, Source
+
+_FLOAT = np.array([d.is_float for d in DTYPES])
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,30 @@ class DerivedCheckpoint:
         """The files of all parts."""
         return tuple(shard for part in self.parts for shard in part.shards)
 
+    @property
+    def settled(self) -> npt.NDArray[np.bool_]:
+        """Tensors that are written as `out_dtypes` says, whatever is asked for; shape (tensors,)."""
+        return np.zeros(len(self.table), np.bool_)
+
     def prepare(self) -> None:
-        """Load what computes, so that its memory is not taken for that of the run."""
-        for part in self.parts:
-            if isinstance(part, DerivedCheckpoint):
-                part.prepare()
+        """Compile what computes, or load it: memory that this takes is none of the engine's."""
+        prepare_derived(self.parts)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of how it is computed, beside a soup of it; sentences without its path."""
+        return remarks_of(self.parts)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Files in the folder that are true of the stored numbers alone."""
+        first = self.parts[0]
+        return first.left_out if isinstance(first, DerivedCheckpoint) else frozenset()
+
+    def configured(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what ``config.json`` has to say of this checkpoint, where the folder has the given one."""
+        first = self.parts[0]
+        return first.configured(document) if isinstance(first, DerivedCheckpoint) else dict(document)
 
     def derive(self, parts: Sequence[PartReader]) -> Source:
         """Return what computes the bytes of this checkpoint's tensors, and closes the parts when it is closed.
@@ -64,6 +87,16 @@ class DerivedCheckpoint:
         raise NotImplementedError
 
 
+def out_dtypes_of(checkpoint: Checkpoint, dtype: DType | None = None) -> npt.NDArray[np.uint8]:
+    """Return what a soup of a checkpoint is written as, shape (tensors,); `dtype`: what was asked for, of floats."""
+    derived = checkpoint if isinstance(checkpoint, DerivedCheckpoint) else None
+    found = checkpoint.table.dtypes if derived is None else derived.out_dtypes
+    if dtype is None:
+        return found
+    asked = _FLOAT[found] if derived is None else _FLOAT[found] & ~derived.settled
+    return np.where(asked, np.uint8(dtype.index), found).astype(np.uint8)
+
+
 def prepare_derived(checkpoints: Iterable[Checkpoint]) -> None:
     """Load what computes the bytes of those that are computed."""
     for checkpoint in checkpoints:
@@ -71,9 +104,10 @@ def prepare_derived(checkpoints: Iterable[Checkpoint]) -> None:
             checkpoint.prepare()
 
 
-def out_dtypes_of(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:
-    """Return what a soup of a checkpoint is written as, where nothing is asked for; shape (tensors,)."""
-    return checkpoint.out_dtypes if isinstance(checkpoint, DerivedCheckpoint) else checkpoint.table.dtypes
+def remarks_of(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
+    """Return what a person should know of how checkpoints are computed, each sentence once."""
+    derived = (c for c in checkpoints if isinstance(c, DerivedCheckpoint))
+    return tuple(dict.fromkeys(remark for checkpoint in derived for remark in checkpoint.remarks))
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,13 @@ class SelectedCheckpoint(DerivedCheckpoint):
     """Some tensors of a derived checkpoint, numbered or named anew."""
 
     positions: npt.NDArray[np.int64]
+
+    @property
+    def settled(self) -> npt.NDArray[np.bool_]:
+        """See `DerivedCheckpoint`."""
+        first = self.parts[0]
+        assert isinstance(first, DerivedCheckpoint)
+        return first.settled[self.positions]
 
     def derive(self, parts: Sequence[PartReader]) -> Source:
         """See `DerivedCheckpoint`."""

@@ -8,21 +8,21 @@ from pathlib import Path, PurePosixPath
 
 from streamsoup.checkpoints.header import Header, read_header
 from streamsoup.checkpoints.protocol import Shard, StoredCheckpoint
+from streamsoup.checkpoints.scaled import Scalings
 from streamsoup.checkpoints.table import TensorTable, concatenate
-from streamsoup.dtypes import DTYPES
-from streamsoup.errors import CheckpointNotFoundError, ShardIndexError, UnsupportedDTypeError
+from streamsoup.errors import CheckpointNotFoundError, ShardIndexError
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".scale", ".scales", "_scales", ".scale_weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What was parsed before: headers by digest, names, and joined tables by the digests of all their shards."""
+    """What was parsed before: headers by digest, names, joined tables by the digests of their shards, their scales."""
 
     headers: dict[str, Header] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     tables: dict[tuple[str, ...], TensorTable] = field(default_factory=dict)
+    scalings: Scalings = field(default_factory=dict)
 
 
 def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoint:
@@ -36,7 +36,7 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoin
 
     Raises
     ------
-    CheckpointNotFoundError, CheckpointError, HeaderError, ShardIndexError, UnsupportedDTypeError
+    CheckpointNotFoundError, CheckpointError, HeaderError, ShardIndexError
     """
     where = Path(path)
     if where.is_dir():
@@ -59,9 +59,7 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoin
     table = parsed.tables.get(key)
     if table is None:
         table = parsed.tables[key] = concatenate(tables)
-    checkpoint = StoredCheckpoint(path, folder, tuple(shards), table, metadata or {})
-    _refuse_scaled_fp8(checkpoint)
-    return checkpoint
+    return StoredCheckpoint(path, folder, tuple(shards), table, metadata or {})
 
 
 def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -143,21 +141,4 @@ def _check_index(folder: Path, weight_map: dict[str, str], files: list[str], tab
             f"{name}: the index of {folder} places it in {weight_map[name]}, which does not have it. "
             "Export the checkpoint again.",
             path=str(folder),
-        )
-
-
-def _refuse_scaled_fp8(checkpoint: StoredCheckpoint) -> None:
-    """Averaging the raw bytes of scaled fp8 weights gives numbers that mean nothing."""
-    table = checkpoint.table
-    present = [DTYPES[i] for i in set(table.dtypes.tolist())]
-    scale = None
-    if any(d.is_fp8 for d in present):
-        scale = next((n for n in table.names if n.endswith(_SCALE_SUFFIXES)), None)
-    if any(d.name == "F8_E8M0" for d in present):
-        scale = next(n for i, n in enumerate(table.names) if table.dtype(i).name == "F8_E8M0")
-    if scale is not None:
-        raise UnsupportedDTypeError(
-            f"{scale}: {checkpoint.path} holds 8-bit floats with scale tensors, whose raw values must not be "
-            "averaged. Dequantise it to bfloat16 first.",
-            path=checkpoint.path,
         )
