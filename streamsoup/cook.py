@@ -45,6 +45,7 @@ def soup(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
+    quantize: str | None = None,
     shard_size: int | str = "5GB",
     buffers: str = "identical",
     nonfinite: str = "error",
@@ -89,6 +90,9 @@ def soup(
         Shell patterns of tensor names; the others are taken from the first checkpoint as they are.
     dtype : str, optional
         Float dtype of the output, such as ``bfloat16``.
+    quantize : {"fp8-block"}, optional
+        Of one ingredient, which is a soup already: write its linear weights as 8-bit floats with a scale for each block
+        of 128 × 128; `dtype` is that of the other tensors. See docs/ingredients.md.
     shard_size : int or str
         Largest output shard.
     buffers : {"identical", "first"}
@@ -131,6 +135,7 @@ def soup(
         include=tuple(include),
         exclude=tuple(exclude),
         dtype=dtype,
+        quantize=quantize,
         shard_bytes=parse_bytes(shard_size),
         buffers=buffers,
         nonfinite=nonfinite,

@@ -101,6 +101,7 @@ def build_manifest(
         "normalize": recipe.normalize,
         "buffers": recipe.buffers,
         "accumulate": recipe.accumulate,
+        **({} if recipe.quantize is None else {"quantize": recipe.quantize}),
         "tensors": len(plan.table),
         "parameters": plan.parameters,
         "ingredients": ingredients,

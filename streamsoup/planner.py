@@ -105,9 +105,7 @@ def make_plan(
     alignment = align(checkpoints)
     table = alignment.table
     if out_dtypes is None:
-        out_dtypes = out_dtypes_of(checkpoints[0]).copy()
-        if dtype is not None:
-            out_dtypes[_FLOAT[out_dtypes]] = parse_float_dtype(dtype).index
+        out_dtypes = out_dtypes_of(checkpoints[0], None if dtype is None else parse_float_dtype(dtype))
     if layout is None:
         metadata = {**checkpoints[0].metadata, "format": "pt"}
         layout = lay_out(table, out_dtypes, shard_bytes=shard_bytes, metadata=metadata, file_name=file_name)

@@ -18,6 +18,7 @@ from streamsoup.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what huggingface_hub writes
 RECIPE_FORMAT = 1
+QUANTISATIONS = ("fp8-block",)
 _SAID_ALWAYS = ("normalize", "dtype", "shard_bytes", "buffers", "nonfinite")
 
 
@@ -70,6 +71,9 @@ class Recipe:
         Shell patterns of tensor names: others are taken from the first checkpoint as they are.
     accumulate : {"float64", "float32"}
         In what sums are kept: float32 is for devices that are slow in float64, and less exact; see docs/numerics.md.
+    quantize : str or None
+        ``fp8-block``: the linear weights of the one ingredient are quantised (`streamsoup.checkpoints.quantised`), and
+        `dtype` is that of the other tensors.
     """
 
     ingredients: tuple[Ingredient, ...]
@@ -84,6 +88,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     accumulate: str = "float64"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if not self.ingredients:
@@ -92,9 +97,10 @@ class Recipe:
             ("buffers", self.buffers, ("identical", "first")),
             ("nonfinite", self.nonfinite, ("error", "warn", "allow")),
             ("accumulate", self.accumulate, ("float64", "float32")),
+            ("quantize", self.quantize, (None, *QUANTISATIONS)),
         ):
             if value not in allowed:
-                raise RecipeError(f"{option}: {value!r} is not one of {', '.join(allowed)}.")
+                raise RecipeError(f"{option}: {value!r} is not one of {', '.join(filter(None, allowed))}.")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_float_dtype(self.dtype).torch_name)
         object.__setattr__(self, "shard_bytes", parse_bytes(self.shard_bytes))
@@ -121,6 +127,10 @@ class Recipe:
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
         if not self.normalize and self.method != "linear":
             raise RecipeError(f"Coefficients are applied as given by method linear only, not by {self.method}.")
+        if self.quantize is not None and (len(self.checkpoints) > 1 or not self.normalize):
+            raise RecipeError("quantize: takes one checkpoint as it is. Make the soup first, then quantise that.")
+        if self.quantize is not None and self.dtype is not None and parse_float_dtype(self.dtype).is_fp8:
+            raise RecipeError(f"dtype: {self.dtype} beside fp8 with scales could not be read again. Give another.")
         importances = [i for i in self.ingredients if i.importance is not None]
         if len(importances) != (len(self.ingredients) if self.method == "fisher" else 0):
             raise RecipeError("importance: method fisher wants one of each ingredient, and other methods none.")

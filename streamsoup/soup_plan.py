@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import adapter_notes, open_checkpoints
+from streamsoup.checkpoints import Checkpoint, adapter_notes, open_checkpoints, quantised, remarks_of
 from streamsoup.devices import choose_means
 from streamsoup.execution import Execution
 from streamsoup.methods import Method, linear
@@ -40,6 +40,17 @@ def method_of(recipe: Recipe) -> Method:
     return make_method(given)
 
 
+def open_ingredients(recipe: Recipe) -> list[Checkpoint]:
+    """Open all that a recipe reads, as it is read.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    checkpoints = open_checkpoints(recipe.checkpoints)
+    return checkpoints if recipe.quantize is None else [quantised(checkpoint) for checkpoint in checkpoints]
+
+
 def plan_soup(
     recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False
 ) -> tuple[Plan, str]:
@@ -59,7 +70,7 @@ def _plan(
     """Plan; returns what was chosen where nothing was asked for, too."""
     destination = None if out is None else destination_of(out)
     method = method_of(recipe)
-    checkpoints = open_checkpoints(recipe.checkpoints)
+    checkpoints = open_ingredients(recipe)
     names = checkpoints[0].table.names
     method, touched = select(method, recipe.include, recipe.exclude, names)
     touched = [*touched, *parameters_of(recipe).touched(names)]
@@ -83,7 +94,7 @@ def _plan(
         budget_bytes=settled.budget_bytes,
         touched=touched,
         accumulate=recipe.accumulate,
-        notes=adapter_notes(checkpoints),
+        notes=(*adapter_notes(checkpoints), *remarks_of(checkpoints)),
         **means,
     )
     if destination is not None:

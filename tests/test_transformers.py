@@ -68,3 +68,25 @@ def test_auto_model_opens_the_bare_encoder(bert, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     streamsoup.soup(bert[:2], tmp_path / "soup")
     assert AutoModel.from_pretrained(tmp_path / "soup").config.model_type == "bert"
+
+
+def test_transformers_dequantises_what_was_quantised_to_the_same_bits(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")  # transformers asks for it
+    import torch
+    from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "run")
+    streamsoup.soup([str(tmp_path / "run")], tmp_path / "fp8", quantize="fp8-block")
+    streamsoup.soup([str(tmp_path / "fp8")], tmp_path / "soup")
+    theirs = LlamaForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+    ).state_dict()
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "soup", dtype=torch.bfloat16).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -92,6 +92,12 @@ def _add_recipe(group: Any) -> None:
     )
     group.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
     group.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    group.add_argument(
+        "--quantize",
+        choices=("fp8-block",),
+        help="of one checkpoint, such as a soup: write its linear weights as 8-bit floats with scales in blocks of "
+        "128x128",
+    )
     add_output_options(group)
     group.add_argument(
         "--accumulate",
@@ -144,10 +150,10 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError("--resume always waits for the disk. Leave --no-sync out.")
             if args.method or args.base or args.parameter or args.include or args.exclude or args.importance:
                 raise UsageError("--resume keeps method, base and parameters of the interrupted run; give it alone.")
-            if args.dtype or args.shard_size or args.buffers or args.coefficients or args.as_given:
+            if args.dtype or args.quantize or args.shard_size or args.buffers or args.coefficients or args.as_given:
                 raise UsageError(
-                    "--resume keeps --dtype, --shard-size, --buffers and --coefficients of the interrupted run; for "
-                    "others begin anew with --restart."
+                    "--resume keeps --dtype, --quantize, --shard-size, --buffers and --coefficients of the interrupted "
+                    "run; for others begin anew with --restart."
                 )
             result = resume(args.resume, execution, nonfinite=args.nonfinite)
         else:
@@ -250,6 +256,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         name: value
         for name, value in (
             ("dtype", args.dtype),
+            ("quantize", args.quantize),
             ("shard_bytes", args.shard_size and parse_bytes(args.shard_size)),
             ("buffers", args.buffers),
             ("nonfinite", args.nonfinite),
