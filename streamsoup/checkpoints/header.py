@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from stat import S_ISREG
 from typing import Any, NoReturn
@@ -68,23 +68,10 @@ def read_header(
     ------
     CheckpointNotFoundError, CheckpointError, HeaderError
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hold us up
-        try:
-            stat = os.fstat(fd)
-            if not S_ISREG(stat.st_mode):
-                raise CheckpointError(
-                    f"{path}: cannot be read: it is no regular file. Name a .safetensors file.", path=path
-                )
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no pages beyond the header: see identity.py
-            raw = _read_raw(fd, path, stat.st_size)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{path}: no such file.", path=path) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).", path=path) from error
+    with reading(path, "a .safetensors file") as (fd, stat):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no pages beyond the header: see identity.py
+        raw = _read_raw(fd, path, stat.st_size)
     digest = hashlib.sha256(raw).hexdigest()
     header = cache.get(digest) if cache is not None else None
     if header is None:
@@ -99,6 +86,32 @@ def read_header(
             path=path,
         )
     return header, stat
+
+
+@contextlib.contextmanager
+def reading(path: str, kind: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Open a regular file for reading; `kind`: what should have been named, for the message.
+
+    Raises
+    ------
+    CheckpointNotFoundError, CheckpointError
+        Also in place of an `OSError` inside the block.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hold us up
+        try:
+            stat = os.fstat(fd)
+            if not S_ISREG(stat.st_mode):
+                raise CheckpointError(f"{path}: cannot be read: it is no regular file. Name {kind}.", path=path)
+            yield fd, stat
+        finally:
+            os.close(fd)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"{path}: no such file.", path=path) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).", path=path) from error
 
 
 def _read_raw(fd: int, path: str, file_bytes: int) -> bytes:

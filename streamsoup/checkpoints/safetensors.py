@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from streamsoup.checkpoints.header import Header, read_header
 from streamsoup.checkpoints.protocol import Shard, StoredCheckpoint
 from streamsoup.checkpoints.scaled import Scalings
+from streamsoup.checkpoints.shard_index import check_index, files_of
 from streamsoup.checkpoints.table import TensorTable, concatenate
-from streamsoup.errors import CheckpointNotFoundError, ShardIndexError
-
-INDEX_SUFFIX = ".safetensors.index.json"
+from streamsoup.errors import CheckpointNotFoundError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoin
     """
     where = Path(path)
     if where.is_dir():
-        files, weight_map = _files_of(where)
+        files, weight_map = files_of(where, "*.safetensors")
         folder = where
     elif where.exists():
         files, weight_map, folder = [str(where)], None, None
@@ -54,91 +52,9 @@ def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoin
         tables.append(header.table)
         metadata = header.metadata if metadata is None else metadata
     if weight_map is not None:
-        _check_index(where, weight_map, files, tables)
+        check_index(where, weight_map, files, [table.names for table in tables])
     key = tuple(shard.header_sha256 for shard in shards)
     table = parsed.tables.get(key)
     if table is None:
         table = parsed.tables[key] = concatenate(tables)
     return StoredCheckpoint(path, folder, tuple(shards), table, metadata or {})
-
-
-def _files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Find the files of a folder, and its weight map if it has an index."""
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1:
-        raise ShardIndexError(
-            f"{folder}: {len(indices)} index files ({', '.join(i.name for i in indices)}). Name one checkpoint.",
-            path=str(folder),
-        )
-    if indices:
-        weight_map = _read_index(indices[0])
-        names = sorted(set(weight_map.values()))
-        if whole := [f.name for f in files if f.name not in names]:
-            raise ShardIndexError(
-                f"{folder}: {whole[0]} is not listed in {indices[0].name}. Remove the file or the index.",
-                path=str(folder),
-            )
-        for name in names:
-            if PurePosixPath(name).name != name or "\\" in name:
-                raise ShardIndexError(
-                    f"{indices[0]}: shard {name!r} lies outside the folder. Export the checkpoint again.",
-                    path=str(indices[0]),
-                )
-            if not (folder / name).is_file():
-                raise ShardIndexError(
-                    f"{indices[0]}: names shard {name}, which is missing from {folder}. Download it again.",
-                    path=str(indices[0]),
-                )
-        return [str(folder / name) for name in names], weight_map
-    if len(files) == 1:
-        return [str(files[0])], None
-    if not files:
-        raise CheckpointNotFoundError(
-            f"{folder}: no .safetensors file in this folder. Name a checkpoint folder or file.",
-            path=str(folder),
-        )
-    raise ShardIndexError(
-        f"{folder}: {len(files)} .safetensors files but no index. Name one of the files, or add the index.",
-        path=str(folder),
-    )
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = document["weight_map"]
-        if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-            raise TypeError
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ShardIndexError(
-            f"{path}: not an index with a 'weight_map' of names to shards. Export the checkpoint again.",
-            path=str(path),
-        ) from None
-    return dict(weight_map)
-
-
-def _check_index(folder: Path, weight_map: dict[str, str], files: list[str], tables: list[TensorTable]) -> None:
-    seen: dict[str, str] = {}
-    for file, table in zip(files, tables, strict=True):
-        shard = Path(file).name
-        for name in table.names:
-            if name in seen:
-                raise ShardIndexError(
-                    f"{name}: stored in {seen[name]} and again in {shard} of {folder}. Export it again.",
-                    path=file,
-                )
-            seen[name] = shard
-            if weight_map.get(name) != shard:
-                raise ShardIndexError(
-                    f"{name}: stored in {shard} of {folder}, but the index says {weight_map.get(name)}. "
-                    "Export the checkpoint again.",
-                    path=file,
-                )
-    if missing := sorted(weight_map.keys() - seen.keys()):
-        name = missing[0]
-        raise ShardIndexError(
-            f"{name}: the index of {folder} places it in {weight_map[name]}, which does not have it. "
-            "Export the checkpoint again.",
-            path=str(folder),
-        )
