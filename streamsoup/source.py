@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -94,15 +95,21 @@ class PartReader:
     source : Source
     buffered : bool
         Whether the source needs a buffer to put bytes into.
+
+    Attributes
+    ----------
+    most_bytes : int
+        What can be viewed at once: a strip, or anything where no buffer is needed.
     """
 
     def __init__(self, source: Source, *, buffered: bool) -> None:
         self.source = source
         self._buffered = buffered
+        self.most_bytes = STRIP_BYTES if buffered else sys.maxsize
 
     @contextlib.contextmanager
     def view(self, position: int, offset: int, nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-        """Lend a part of a tensor, shape (nbytes,): at most `STRIP_BYTES`, and valid inside the block only.
+        """Lend a part of a tensor, shape (nbytes,): at most `most_bytes`, and valid inside the block only.
 
         Raises
         ------

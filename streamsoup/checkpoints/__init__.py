@@ -20,6 +20,8 @@ from streamsoup.checkpoints.scaled import dequantised
 from streamsoup.checkpoints.selected import arranged_like, select
 from streamsoup.checkpoints.sliced import open_sliced, split_parts
 from streamsoup.checkpoints.table import TensorTable
+from streamsoup.checkpoints.torch_distributed import is_torch_distributed, open_torch_distributed
+from streamsoup.checkpoints.torch_file import is_torch_file, open_torch_file
 from streamsoup.errors import CheckpointNotFoundError
 
 __all__ = [
@@ -63,16 +65,25 @@ def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
     return [_open(path, parsed) for path in paths]
 
 
-def _open(path: str, parsed: Parsed) -> Checkpoint:
+def _open(path: str, parsed: Parsed, key: str | None = None) -> Checkpoint:
     opened, *adapters = split_path(path)
     if adapters:
-        base = _open(opened, parsed)
+        base = _open(opened, parsed, key)
         for number, adapter in enumerate(adapters, 1):
             base = add_adapter("+".join([opened, *adapters[:number]]), base, _open(adapter, parsed))
         return base
+    return dequantised(_open_stored(path, parsed, key), parsed.scalings)
+
+
+def _open_stored(path: str, parsed: Parsed, key: str | None) -> Checkpoint:
     parts = split_parts(path)
-    stored = open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
-    return dequantised(stored, parsed.scalings)
+    if parts:
+        return open_sliced(path, parts, parsed)
+    if is_torch_distributed(path):
+        return open_torch_distributed(path, key, parsed)
+    if is_torch_file(path):
+        return open_torch_file(path, key, parsed)
+    return open_safetensors(path, parsed)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:

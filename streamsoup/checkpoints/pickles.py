@@ -17,11 +17,11 @@ MAX_PICKLE_BYTES = 1 << 27
 _MAX_STEPS = 1 << 24
 _MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict")
 # No checkpoint asks for these: one that does means to run something on the machine of whoever loads it.
-_HOSTILE_MODULES = frozenset(
-    "os posix nt subprocess sys importlib runpy shutil socket pty ctypes webbrowser code codeop pickle _pickle "
-    "multiprocessing asyncio pip pdb timeit".split()
-)
-_HOSTILE_BUILTINS = frozenset("eval exec compile open __import__ input breakpoint".split())
+_HOSTILE_MODULES = frozenset((
+    "os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "shutil", "socket", "pty", "ctypes", "webbrowser",
+    "code", "codeop", "pickle", "_pickle", "multiprocessing", "asyncio", "pip", "pdb", "timeit",
+))  # fmt: skip
+_HOSTILE_BUILTINS = frozenset(("eval", "exec", "compile", "open", "__import__", "input", "breakpoint"))
 
 
 class Named:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamsoup.checkpoints.header import Header, read_header
+from streamsoup.checkpoints.pieces import Arrangement
 from streamsoup.checkpoints.protocol import Shard, StoredCheckpoint
 from streamsoup.checkpoints.scaled import Scalings
 from streamsoup.checkpoints.shard_index import check_index, files_of
 from streamsoup.checkpoints.table import TensorTable, concatenate
+from streamsoup.checkpoints.torch_tensors import TorchTensor
 from streamsoup.errors import CheckpointNotFoundError
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What was parsed before: headers by digest, names, joined tables by the digests of their shards, their scales."""
+    """What was parsed before: headers by digest, names, joined tables by the digests of their shards, their scales.
+
+    Of files of other formats: their tensors by the digest of what describes them, and where they lie.
+    """
 
     headers: dict[str, Header] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     tables: dict[tuple[str, ...], TensorTable] = field(default_factory=dict)
     scalings: Scalings = field(default_factory=dict)
+    torch_tensors: dict[str, Mapping[str, TorchTensor]] = field(default_factory=dict)
+    arrangements: dict[tuple[str, ...], Arrangement] = field(default_factory=dict)
 
 
 def open_safetensors(path: str, parsed: Parsed | None = None) -> StoredCheckpoint:

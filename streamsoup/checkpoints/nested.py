@@ -1,0 +1,185 @@
+"""Which of the tensors in a file of nested mappings are the model's, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from streamsoup.checkpoints.pickles import Made, Named
+from streamsoup.errors import CheckpointError
+
+# What training code calls the model, where it saves more than that.
+_MODELS = (
+    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "app",
+    "ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema",
+)  # fmt: skip
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
+_SCALARS = (type(None), bool, int, float, str, bytes)
+_MAX_DEPTH = 64
+_MAX_NODES = 1 << 22
+_LONGEST_LIST = 8
+IsTensor = Callable[[Any], bool]
+
+
+def model_tensors(top: Any, key: str | None, path: str, is_tensor: IsTensor) -> dict[str, Any]:
+    """Find the model in what a file holds.
+
+    Parameters
+    ----------
+    top : object
+        Nested mappings, with tensors in them.
+    key : str or None
+        Where the model is: keys with dots between them; ``.`` is all. None: at the top, or under one of the usual
+        keys if there is only one of them.
+    path : str
+        For messages.
+    is_tensor : callable
+
+    Returns
+    -------
+    dict of str to object
+        Tensors by name; names of nested mappings are joined with dots. What is put before all names by
+        DistributedDataParallel or torch.compile is left out.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not clear which, if there are none, or if something there may be a tensor and cannot be read.
+    """
+    if not isinstance(top, Mapping):
+        what = f"one object ({top.name})" if isinstance(top, Made) else f"one {type(top).__name__}"
+        raise CheckpointError(
+            f"{path}: holds {what}, not a mapping of names to tensors. Save the model's state_dict().", path=path
+        )
+    chosen = _choose(top, path, is_tensor) if key is None else _follow(top, key, path)
+    found: dict[str, Any] = {}
+    for name, value in _walk(chosen, path, is_tensor):
+        if name in found:
+            raise CheckpointError(f"{name}: stands for two tensors in {path}. Rename one of them.", path=path)
+        found[name] = value
+    if not found:
+        raise CheckpointError(f"{path}: holds no tensors{f' under {key}' if key else ''}.{_advice(top)}", path=path)
+    return found
+
+
+def unwrapped(names: list[str]) -> list[str]:
+    """Leave out what DistributedDataParallel and torch.compile put before all names."""
+    while any(all(name.startswith(wrapper) and name != wrapper for name in names) for wrapper in _WRAPPERS):
+        names = [name.partition(".")[2] for name in names]
+    return names
+
+
+def _follow(top: Mapping[Any, Any], key: str, path: str) -> Mapping[Any, Any]:
+    if key == ".":
+        return top
+    at: Any = top
+    rest = key
+    while rest:
+        # Keys may have dots themselves: the longest that fits.
+        fitting = (
+            [k for k in at if isinstance(k, str) and f"{rest}.".startswith(f"{k}.")] if isinstance(at, Mapping) else []
+        )
+        if not fitting:
+            raise CheckpointError(f"{path}: has nothing under key {key!r}.{_advice(top)}", path=path)
+        step = max(fitting, key=len)
+        at, rest = at[step], rest[len(step) + 1 :]
+    if not isinstance(at, Mapping):
+        what = f"an object ({at.name})" if isinstance(at, Made) else f"a {type(at).__name__}"
+        raise CheckpointError(
+            f"{path}: holds {what} under key {key!r}, not a mapping of names to tensors.{_advice(top)}", path=path
+        )
+    return at
+
+
+def _choose(top: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Mapping[Any, Any]:
+    at = top
+    steps: list[str] = []
+    for _ in range(_MAX_DEPTH):
+        own = any(is_tensor(value) for value in at.values())
+        inside = [k for k, v in at.items() if isinstance(v, Mapping) and holds_tensors(v, is_tensor)]
+        models = [k for k in inside if k in _MODELS]
+        if own and not models:
+            return at
+        if own or len(models) != 1:
+            raise CheckpointError(_unclear(at, steps, own=own, inside=models or inside, path=path), path=path)
+        steps.append(models[0])
+        at = at[models[0]]
+    raise CheckpointError(f"{path}: is nested too deeply. Say where the model is with --key.", path=path)
+
+
+def _unclear(at: Mapping[Any, Any], steps: list[str], *, own: bool, inside: list[Any], path: str) -> str:
+    where = f"under {'.'.join(steps)}" if steps else "at its top"
+    if own or inside:
+        kinds = ", ".join([*(["tensors"] if own else []), *(repr(k) for k in inside[:_LONGEST_LIST])])
+        return (
+            f"{path}: has {kinds} {where}, and it is not clear which is the model. Say where it is with --key "
+            "(Python: key=...); '.' is all."
+        )
+    made = [(key, value.name) for key, value in at.items() if isinstance(value, Made)]
+    if not made:
+        return f"{path}: holds no tensors {where}. Name a checkpoint of a model."
+    key, name = made[0]
+    return (
+        f"{path}: holds no tensors {where}, but under {key!r} an object ({name}), which only its own code could make. "
+        "Save its state_dict()."
+    )
+
+
+def _advice(top: Mapping[Any, Any]) -> str:
+    keys = [str(key) for key, value in top.items() if isinstance(value, Mapping)][:_LONGEST_LIST]
+    return f" Its mappings are: {', '.join(keys)}." if keys else " Name another file."
+
+
+def holds_tensors(value: Any, is_tensor: IsTensor) -> bool:
+    """Whether there are tensors anywhere in a value; what is there many times is looked at once."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if is_tensor(value):
+            return True
+        if isinstance(value, _SCALARS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, Made):
+            waiting += (*value.arguments, value.state)
+    return False
+
+
+def _walk(chosen: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Iterator[tuple[str, Any]]:
+    """Yield tensors with their names, in order; refuse what may be one and cannot be read."""
+    waiting: list[Iterator[tuple[str, Any]]] = [_named("", chosen)]
+    for _ in range(_MAX_NODES):
+        if not waiting:
+            return
+        name, value = next(waiting[-1], ("", waiting))
+        if value is waiting:
+            waiting.pop()
+        elif is_tensor(value):
+            yield name, value
+        elif isinstance(value, Mapping):
+            if not name.rpartition(".")[2].startswith("_metadata"):
+                waiting.append(_named(f"{name}.", value))
+            if len(waiting) > _MAX_DEPTH:
+                raise CheckpointError(f"{path}: is nested too deeply under {name[:100]}. Save it flat.", path=path)
+        elif _may_be_tensors(value, is_tensor):
+            what = value.name if isinstance(value, Made) else f"{type(value).__name__} with tensors"
+            raise CheckpointError(
+                f"{name}: is no tensor in {path}, but {what}. Leave it out of the state dict, or say with --key where "
+                "the model is.",
+                path=path,
+            )
+    raise CheckpointError(f"{path}: has more than {_MAX_NODES:,} values. Save the model alone.", path=path)
+
+
+def _named(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{prefix}{key if isinstance(key, str | int) else type(key).__name__}", v) for key, v in values.items())
+
+
+def _may_be_tensors(value: Any, is_tensor: IsTensor) -> bool:
+    if isinstance(value, Made) and value.name.startswith("numpy."):
+        return value.name.endswith(("_reconstruct", "_frombuffer"))
+    return not isinstance(value, (*_SCALARS, Named)) and holds_tensors(value, is_tensor)

@@ -1,0 +1,77 @@
+"""Checkpoints written by torch itself, and what stands in the equal safetensors files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from factory import DTYPES
+
+SHAPES = {"layers.0.w": (70, 300), "layers.1.w": (5, 7, 11), "layers.1.b": (300,), "empty": (0, 4), "one": ()}
+TORCH = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in TORCH.items()}
+
+
+def some_tensors(seed: int, dtype: str = "F32") -> dict[str, torch.Tensor]:
+    """The tensors of a small fine-tune."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(TORCH[dtype]) for name, shape in SHAPES.items()}
+
+
+def some_strided(seed: int, dtype: str = "F32") -> dict[str, torch.Tensor]:
+    """Tensors that do not lie in one piece, and one that does."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(TORCH[dtype])
+
+    whole = new(40, 90)
+    return {
+        "whole": whole,
+        "transposed": new(300, 70).t(),
+        "permuted": new(9, 5, 13).permute(2, 0, 1),
+        "expanded": new(1, 33).expand(17, 33),
+        "scalar.expanded": new(1).squeeze(0).expand(6, 7),
+        "every.third": new(10, 60)[:, 1::3],
+        "left": whole[:, :37],
+        "right": whole[3:, 37:],
+        "channels.last": new(2, 3, 8, 8).to(memory_format=torch.channels_last),
+        "diagonal": new(50, 50).diagonal(),
+    }
+
+
+def to_numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The same tensors, in order, as a safetensors file has them."""
+    found = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().clone(memory_format=torch.contiguous_format)
+        raw = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8)
+        found[name] = raw.view(DTYPES[_NAMES[tensor.dtype]]).reshape(tuple(tensor.shape))
+    return found
+
+
+def save(where: Path, what: Any, **options: Any) -> str:
+    """Save with torch, in a folder that may not be there yet."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(what, where, **options)
+    return str(where)
+
+
+def save_distributed(where: Path, what: Any) -> str:
+    """Save with `torch.distributed.checkpoint`, as one process does."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(what, checkpoint_id=str(where))
+    return str(where)
