@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from factory import DTYPES
+from factory import DTYPES, dtype_name
+
+from streamsoup.checkpoints import Checkpoint, open_checkpoints
+from streamsoup.read import open_sources
 
 SHAPES = {"layers.0.w": (70, 300), "layers.1.w": (5, 7, 11), "layers.1.b": (300,), "empty": (0, 4), "one": ()}
 TORCH = {
@@ -50,6 +53,13 @@ def some_strided(seed: int, dtype: str = "F32") -> dict[str, torch.Tensor]:
     }
 
 
+def some_sharded(seed: int) -> dict[str, torch.Tensor]:
+    """Tensors for two processes to cut up; one of them is too short for both."""
+    shapes = {"rows": (40, 90), "uneven": (7, 3), "short": (1, 5), "columns": (60, 50), "deep": (3, 4, 6), "one": ()}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def to_numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """The same tensors, in order, as a safetensors file has them."""
     found = {}
@@ -75,3 +85,26 @@ def save_distributed(where: Path, what: Any) -> str:
         warnings.simplefilter("ignore")
         dcp.save(what, checkpoint_id=str(where))
     return str(where)
+
+
+def open_one(path: Any) -> Checkpoint:
+    """Open one ingredient."""
+    return open_checkpoints([str(path)])[0]
+
+
+def held(checkpoint: Checkpoint, mode: str = "map") -> dict[str, tuple]:
+    """All tensors of a checkpoint, read through its source."""
+    table, found = checkpoint.table, {}
+    with open_sources([checkpoint], mode) as (source,):
+        for position, name in enumerate(table.names):
+            nbytes = int(table.nbytes[position])
+            room = np.zeros(max(1, nbytes), np.uint8)
+            if nbytes:
+                source.fetch(position, 0, nbytes, room[:nbytes].data)
+            found[name] = (table.dtype(position).name, table.shape(position), room[:nbytes].tobytes())
+    return found
+
+
+def expected(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    """What `held` has to return for tensors."""
+    return {n: (dtype_name(a), a.shape, a.tobytes()) for n, a in to_numpy(tensors).items()}

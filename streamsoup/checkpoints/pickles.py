@@ -161,7 +161,7 @@ class _Machine:
         if found is None:
             if type(module) is not str or type(name) is not str:
                 raise TypeError
-            builtin = module in ("builtins", "__builtin__") and name.split(".")[0] in _HOSTILE_BUILTINS
+            builtin = module in ("builtins", "__builtin__", "io", "_io") and name.split(".")[0] in _HOSTILE_BUILTINS
             if builtin or module.split(".")[0] in _HOSTILE_MODULES:
                 raise CheckpointError(
                     f"{self.where}: wants to use {whole[:100]} when it is loaded, which no checkpoint needs. Nothing "

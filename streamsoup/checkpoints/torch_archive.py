@@ -74,6 +74,8 @@ class Archive:
                 f"its entry {entry.filename} is compressed or encrypted, so it cannot be read in place. Save it again "
                 "with torch.save"
             )
+        if not 0 <= entry.header_offset < self._directory:
+            raise self._damaged()
         raw = os.pread(self._fd, _LOCAL_HEADER.size, self._begin + entry.header_offset)
         if len(raw) < _LOCAL_HEADER.size or raw[:4] != b"PK\x03\x04":
             raise self._damaged()

@@ -1,0 +1,468 @@
+"""Files of torch.save: the soups of the equal safetensors files, and one sentence for what cannot be read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factory import read_checkpoint, same_bits, write_checkpoint
+from torch_checkpoints import TORCH, expected, held, open_one, save, some_strided, some_tensors, to_numpy
+
+import streamsoup
+from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, expand_paths, identify, open_checkpoints
+from streamsoup.checkpoints.torch_file import open_torch_file
+from streamsoup.errors import (
+    ChangedIngredientError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DestinationError,
+    ShardIndexError,
+    UnsupportedDTypeError,
+)
+from streamsoup.write import FileSink
+
+MODES = ("map", "ahead", "plain")
+
+
+def soup_of(tmp_path, paths, name, **options):
+    streamsoup.soup([str(p) for p in paths], tmp_path / name, **options)
+    return read_checkpoint(tmp_path / name)
+
+
+def refused(path, match, kind=CheckpointError, **options):
+    with pytest.raises(kind, match=match) as caught:
+        open_torch_file(str(path), **options)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_every_dtype_has_the_bytes_that_torch_saved(tmp_path, dtype):
+    tensors = {"a": torch.arange(48).reshape(6, 8).to(TORCH[dtype]), "b": torch.ones(3, dtype=TORCH[dtype])}
+    checkpoint = open_one(save(tmp_path / "run.pt", tensors))
+    assert isinstance(checkpoint, StoredCheckpoint)
+    assert held(checkpoint) == expected(tensors)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_any_pickle_protocol(tmp_path, protocol):
+    tensors = some_tensors(0)
+    assert held(open_one(save(tmp_path / "run.pt", tensors, pickle_protocol=protocol))) == expected(tensors)
+
+
+@pytest.mark.parametrize("read_mode", MODES)
+@pytest.mark.parametrize("make", [some_tensors, some_strided])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_soup_has_the_bits_of_the_safetensors_files(tmp_path, make, read_mode, dtype, monkeypatch):
+    files, folders = [], []
+    for i in range(3):
+        tensors = make(i, dtype)
+        files.append(save(tmp_path / f"run{i}.pt", {"state_dict": tensors, "epoch": i}))
+        folders.append(write_checkpoint(tmp_path / f"run{i}", to_numpy(tensors)))
+    wanted = soup_of(tmp_path, folders, "wanted")
+    monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(4096, workers)])
+    assert same_bits(soup_of(tmp_path, files, "found", read_mode=read_mode, workers=3), wanted)
+    mixed = [folders[0], files[1], folders[2]]
+    assert same_bits(soup_of(tmp_path, mixed, "mixed", read_mode=read_mode), wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strided_tensors_are_what_torch_sees(tmp_path, mode):
+    tensors = some_strided(3, "F16")
+    checkpoint = open_one(save(tmp_path / "run.pth", tensors))
+    assert isinstance(checkpoint, DerivedCheckpoint)
+    assert held(checkpoint, mode) == expected(tensors)
+
+
+def test_what_lies_in_order_is_read_in_place(tmp_path):
+    """A slice of rows, a dimension of size 1 with a stride of its own, a view, a tied weight."""
+    base = torch.randn(10, 6)
+    tensors = {"base": base, "rows": base[2:5], "one": base[3:4].t().t(), "view": base.view(-1), "tied": base}
+    checkpoint = open_one(save(tmp_path / "run.pt", tensors))
+    assert isinstance(checkpoint, StoredCheckpoint)
+    assert held(checkpoint) == expected(tensors)
+    assert same_bits(soup_of(tmp_path, [checkpoint.path], "soup"), to_numpy(tensors))
+
+
+def test_parameters_buffers_and_attributes(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    module[0].weight.note = "an attribute"
+    tensors = dict(module.state_dict(keep_vars=True))
+    plain = torch.randn(5)
+    plain.note = {"more": 1}
+    tensors |= {"noted": plain, "buffer": torch.nn.Buffer(torch.randn(4))}
+    assert held(open_one(save(tmp_path / "run.pt", tensors))) == expected(tensors)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "."])
+def test_where_the_model_is(tmp_path, key):
+    tensors = some_tensors(0)
+    document = {
+        "state_dict": tensors,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "args": argparse.Namespace(lr=0.1),
+        "best": 0.5,
+    }
+    path = save(tmp_path / "run.ckpt", document)
+    names = set(open_torch_file(path, key).table.names)
+    if key == ".":
+        assert names == {*(f"state_dict.{name}" for name in tensors), "optimizer.state.0.exp_avg"}
+    else:
+        assert names == set(tensors)
+
+
+def test_nested_models_are_named_with_dots(tmp_path):
+    tensors = {"encoder": {"a": torch.ones(2), "deep": {"b": torch.zeros(3)}}, "head.w": torch.ones(1)}
+    path = save(tmp_path / "run.pt", {"app": {"model": tensors, "optim": {"x": torch.ones(1)}}})
+    assert set(open_one(path).table.names) == {"encoder.a", "encoder.deep.b", "head.w"}
+    assert set(open_torch_file(path, "app.model.encoder").table.names) == {"a", "deep.b"}
+    assert set(open_torch_file(path, "app.optim").table.names) == {"x"}
+
+
+@pytest.mark.parametrize("wrappers", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_all_names_is_left_out(tmp_path, wrappers):
+    tensors = some_tensors(0)
+    path = save(tmp_path / "run.pt", {wrappers + name: tensor for name, tensor in tensors.items()})
+    assert set(open_one(path).table.names) == set(tensors)
+    some = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    assert set(open_one(save(tmp_path / "some.pt", some)).table.names) == set(some)
+
+
+def test_what_is_plainly_no_tensor_is_passed_over(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    state = module.state_dict()  # an OrderedDict with an attribute, _metadata
+    state["steps"], state["nothing"], state["name"], state["list"] = 3, None, "x", [1, 2.0]
+    state["layer._extra_state"] = {"version": 1, "recipe": argparse.Namespace(a=1)}
+    assert set(open_one(save(tmp_path / "run.pt", state)).table.names) == {"weight", "bias"}
+
+
+def test_the_model_must_be_clear(tmp_path):
+    two = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}
+    refused(save(tmp_path / "two.pt", two), r"has 'model', 'ema' at its top, .* --key")
+    assert held(open_torch_file(str(tmp_path / "two.pt"), "ema")) == expected(two["ema"])
+    other = {"student": {"a": torch.ones(1)}, "epoch": 1}
+    refused(save(tmp_path / "other.pt", other), r"has 'student' at its top, .* --key")
+    both = {"model": {"a": torch.ones(1)}, "bias": torch.ones(2)}
+    refused(save(tmp_path / "both.pt", both), r"has tensors, 'model' at its top, .* --key")
+    refused(tmp_path / "two.pt", r"nothing under key 'teacher'. Its mappings are: model, ema", key="teacher")
+    refused(tmp_path / "two.pt", r"nothing under key 'model.b'", key="model.b")
+    refused(tmp_path / "other.pt", r"holds a int under key 'epoch'", key="epoch")
+
+
+class Net(torch.nn.Linear):
+    pass
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path):
+    refused(save(tmp_path / "a.pt", {}), "holds no tensors")
+    refused(save(tmp_path / "b.pt", {"epoch": 3}), "holds no tensors")
+    refused(save(tmp_path / "c.pt", torch.ones(3)), r"one object \(torch._utils._rebuild_tensor_v2\), not a mapping")
+    refused(save(tmp_path / "d.pt", [torch.ones(3)]), "holds one list, not a mapping")
+    refused(save(tmp_path / "e.pt", Net(2, 2)), r"one object \(.*Net\).* state_dict")
+    refused(save(tmp_path / "f.pt", {"model": Net(2, 2)}), r"under 'model' an object \(.*Net\)")
+    refused(save(tmp_path / "g.pt", {"model": Net(2, 2)}), r"an object \(.*Net\) under key 'model'", key="model")
+    refused(save(tmp_path / "h.pt", {"a": torch.ones(1), "b": Net(2, 2)}), r"b: is no tensor in .*Net")
+    refused(save(tmp_path / "i.pt", {"a": torch.ones(1), "b": [torch.ones(1)]}), "b: is no tensor in .*, but list")
+    refused(save(tmp_path / "j.pt", {"a": torch.ones(1), "b": np.ones(3)}), r"b: is no tensor in .*numpy")
+    refused(save(tmp_path / "k.pt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), "a.b: stands for two tensors")
+    refused(save(tmp_path / "l.pt", {"\ud800": torch.ones(1)}), "not valid Unicode")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested|of torch"),
+        (lambda: torch.ones(3, device="meta"), "without data"),
+        (lambda: torch.ones(3, dtype=torch.complex128), "of torch.ComplexDouble"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), "a conjugate"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused_by_name(tmp_path, make, words):
+    path = save(tmp_path / "run.pt", {"a": torch.ones(1), "layer.w": make()})
+    refused(path, rf"^layer\.w: is ({words})", UnsupportedDTypeError)
+
+
+def test_scaled_fp8_is_refused(tmp_path):
+    tensors = {"w": torch.ones(3).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
+    refused(save(tmp_path / "run.pt", tensors), "8-bit floats with scale tensors", UnsupportedDTypeError)
+
+
+class Call:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_nothing_in_a_file_is_run(tmp_path, place, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = {"a": torch.ones(1), **({"b": Call()} if place == "inside" else {})}
+    path = save(tmp_path / "run.pt", {"state_dict": tensors, "extra": Call() if place == "beside" else 0})
+    refused(path, r"wants to use posix\.system when it is loaded")
+    assert not (tmp_path / "hacked").exists()
+
+
+# -- archives ------------------------------------------------------------------------------------------------------
+
+
+def rewritten(source, target, change=lambda name, raw: raw, compression=zipfile.ZIP_STORED):
+    """The same archive, written by another hand; entries that become None are left out."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            raw = change(name, old.read(name))
+            if raw is not None:
+                new.writestr(name, raw)
+    return target
+
+
+@pytest.fixture
+def run(tmp_path):
+    return save(tmp_path / "run.pt", some_tensors(0))
+
+
+def test_archives_of_any_hand_are_read(tmp_path, run):
+    assert held(open_one(rewritten(run, tmp_path / "other.pt"))) == expected(some_tensors(0))
+
+
+def test_a_large_archive_has_wide_offsets(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = rewritten(run, tmp_path / "wide.pt")
+    assert b"PK\x06\x06" in path.read_bytes()
+    monkeypatch.undo()
+    assert held(open_one(path)) == expected(some_tensors(0))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archives_that_cannot_be_read_in_place(tmp_path, run):
+    def renamed(name, new):
+        return lambda old, raw: new if old.endswith(name) else raw
+
+    deflated = rewritten(run, tmp_path / "deflated.pt", compression=zipfile.ZIP_DEFLATED)
+    refused(deflated, "is compressed or encrypted")
+    refused(rewritten(run, tmp_path / "big.pt", renamed("byteorder", b"big")), "big-endian")
+    refused(rewritten(run, tmp_path / "gone.pt", renamed("data/0", None)), r"^layers\.0\.w: its numbers .* are missing")
+    refused(rewritten(run, tmp_path / "short.pt", renamed("data/0", b"abc")), r"^layers\.0\.w: needs 84,000 bytes")
+    refused(rewritten(run, tmp_path / "none.pt", renamed("data.pkl", None)), "not one that torch.save wrote")
+    twice = rewritten(run, tmp_path / "twice.pt")
+    with zipfile.ZipFile(twice, "a") as archive:
+        archive.writestr("run/data/0", b"")
+    refused(twice, "two entries of one name")
+
+
+def test_a_script_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "run.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "version"):
+            archive.writestr(f"run/{name}", b"\x80\x02}.")
+    refused(tmp_path / "run.pt", "TorchScript archive")
+
+
+def test_what_is_no_archive(tmp_path):
+    old = save(tmp_path / "old.pt", some_tensors(0), _use_new_zipfile_serialization=False)
+    refused(old, r'before PyTorch 1\.6.*torch\.save\(torch\.load\("old\.pt", weights_only=True\), "new\.pt"\)')
+    (tmp_path / "other.bin").write_bytes(b"GGUF" + bytes(100))
+    refused(tmp_path / "other.bin", "is not a file of torch.save")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(tmp_path / "empty.pt", "is not a file of torch.save")
+    refused(tmp_path / "gone.pt", "no such file", CheckpointNotFoundError)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointNotFoundError):
+        open_one(tmp_path / "folder.pt")
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path, run):
+    whole = Path(run).read_bytes()
+    for size in [*range(1, 80, 7), *range(80, len(whole), len(whole) // 50), len(whole) - 1]:
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        refused(tmp_path / "cut.pt", "truncated|is not a file of")
+
+
+def test_any_changed_byte_of_what_describes_it_is_read_or_refused(tmp_path):
+    path = save(tmp_path / "run.pt", {"a": torch.ones(2)})
+    whole = bytearray(Path(path).read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        changed = whole.copy()
+        changed[rng.integers(len(whole))] = rng.integers(256)
+        (tmp_path / "changed.pt").write_bytes(changed)
+        try:
+            checkpoint = open_torch_file(str(tmp_path / "changed.pt"))
+        except CheckpointError:
+            continue
+        ends = checkpoint.table.begins + checkpoint.table.nbytes
+        assert (ends <= len(whole)).all()
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def sharded(folder, tensors, index=None):
+    names = list(tensors)
+    files = {"pytorch_model-00001-of-00002.bin": names[:2], "pytorch_model-00002-of-00002.bin": names[2:]}
+    for file, inside in files.items():
+        save(folder / file, {name: tensors[name] for name in inside})
+    weight_map = {name: file for file, inside in files.items() for name in inside} | (index or {})
+    document = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(document))
+    (folder / "config.json").write_text('{"hidden_size": 3}')
+    torch.save({"x": 1}, folder / "training_args.bin")
+    return folder
+
+
+def test_folders_as_transformers_wrote_them(tmp_path):
+    tensors = [some_tensors(i) for i in range(2)]
+    save(tmp_path / "a" / "pytorch_model.bin", tensors[0])
+    (tmp_path / "a" / "config.json").write_text('{"hidden_size": 3}')
+    torch.save({"x": 1}, tmp_path / "a" / "optimizer.bin")
+    sharded(tmp_path / "b", tensors[1])
+    plain = [write_checkpoint(tmp_path / f"plain{i}", to_numpy(t)) for i, t in enumerate(tensors)]
+    found = soup_of(tmp_path, [tmp_path / "a", tmp_path / "b"], "soup")
+    assert same_bits(found, soup_of(tmp_path, plain, "wanted"))
+    assert json.loads((tmp_path / "soup" / "config.json").read_text()) == {"hidden_size": 3}
+    assert len(open_one(tmp_path / "b").shards) == 2
+
+
+def test_safetensors_win(tmp_path):
+    save(tmp_path / "run" / "pytorch_model.bin", {"old": torch.ones(1)})
+    write_checkpoint(tmp_path / "run", {"new": np.ones(1, np.float32)})
+    assert open_one(tmp_path / "run").table.names == ("new",)
+
+
+def test_an_index_that_lies_is_refused(tmp_path):
+    with pytest.raises(ShardIndexError, match=r"^one: stored in .*00002.* but the index says .*00001"):
+        open_one(sharded(tmp_path / "a", some_tensors(0), {"one": "pytorch_model-00001-of-00002.bin"}))
+    with pytest.raises(ShardIndexError, match=r"^more: the index of"):
+        open_one(sharded(tmp_path / "b", some_tensors(0), {"more": "pytorch_model-00001-of-00002.bin"}))
+    with pytest.raises(ShardIndexError, match="outside the folder"):
+        open_one(sharded(tmp_path / "c", some_tensors(0), {"more": "../a/pytorch_model-00001-of-00002.bin"}))
+    sharded(tmp_path / "d", some_tensors(0))
+    (tmp_path / "d" / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(ShardIndexError, match=r"2 \.bin files but no index"):
+        open_one(tmp_path / "d")
+
+
+# -- as ingredients --------------------------------------------------------------------------------------------------
+
+
+def test_equal_pickles_are_understood_once(tmp_path, monkeypatch):
+    from streamsoup.checkpoints import torch_file
+
+    calls = []
+    before = torch_file.read_pickle
+    monkeypatch.setattr(torch_file, "read_pickle", lambda *a: calls.append(1) or before(*a))
+    runs = [save(tmp_path / str(i) / "run.pt", some_strided(i)) for i in range(3)]
+    one, two, three = open_checkpoints(runs)
+    assert len(calls) == 1
+    assert one.table is two.table
+    assert two.pieces is three.pieces
+    other = {**some_strided(1), "whole": torch.ones(40, 90)}  # the same names, but other entries
+    (four,) = open_checkpoints([save(tmp_path / "4" / "run.pt", other)])
+    assert held(four) == expected(other)
+
+
+@pytest.mark.parametrize("make", [some_tensors, some_strided])
+def test_changed_bytes_are_noticed(tmp_path, make):
+    path = save(tmp_path / "run.pt", make(0))
+    checkpoint = open_one(path)
+    before = identify(checkpoint)
+    save(tmp_path / "run.pt", make(1))
+    with pytest.raises(ChangedIngredientError):
+        identify(checkpoint)
+    after = identify(open_one(path))
+    assert after[0].header_sha256 == before[0].header_sha256
+    assert after[0].sampled_blake2b != before[0].sampled_blake2b
+    save(tmp_path / "run.pt", {f"x.{n}": t for n, t in make(0).items()})
+    assert identify(open_one(path))[0].header_sha256 != before[0].header_sha256
+
+
+@pytest.mark.parametrize("make", [some_tensors, some_strided])
+def test_an_interrupted_soup_goes_on_to_the_same_bits(tmp_path, make, monkeypatch):
+    runs = [save(tmp_path / f"run{i}.pt", make(i)) for i in range(3)]
+    wanted = soup_of(tmp_path, runs, "wanted")
+    monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(4096, workers)])
+    writes, before = [], FileSink.write
+
+    def write(self, *arguments):
+        writes.append(1)
+        if len(writes) == 8:
+            raise OSError("No space")
+        return before(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSink, "write", write)
+        with pytest.raises(OSError, match="No space"):
+            streamsoup.soup(runs, tmp_path / "soup", workers=1)
+    streamsoup.resume(tmp_path / "soup")
+    assert same_bits(read_checkpoint(tmp_path / "soup"), wanted)
+
+
+def test_patterns_are_in_natural_order(tmp_path):
+    for i in (10, 2, 1):
+        save(tmp_path / "runs" / f"epoch{i}.pt", some_tensors(i))
+    found = expand_paths([str(tmp_path / "runs" / "*.pt")])
+    assert [os.path.basename(path) for path in found] == ["epoch1.pt", "epoch2.pt", "epoch10.pt"]
+    assert len(open_checkpoints(found)) == 3
+
+
+def test_inspect_shows_them(tmp_path):
+    def inspect(*words):
+        script = [sys.executable, "-m", "streamsoup", "inspect", *words]
+        return subprocess.run(script, capture_output=True, text=True, check=False)
+
+    path = save(tmp_path / "run.pt", {"state_dict": some_strided(0)})
+    (facts,) = json.loads(inspect(path, "--json", "--tensors").stdout)["checkpoints"]
+    assert facts["tensors"] == 10
+    rows = {row["name"]: row for row in facts["tensor_list"]}
+    assert (rows["transposed"]["shape"], rows["transposed"]["file"]) == ([70, 300], path)
+    done = inspect(save(tmp_path / "two.pt", {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}))
+    assert done.returncode == 1
+    assert "'model', 'ema'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_output_in_an_ingredient_is_refused(tmp_path):
+    sharded(tmp_path / "run", some_tensors(0))
+    with pytest.raises(DestinationError):
+        streamsoup.soup([str(tmp_path / "run")], tmp_path / "run" / "soup")
+    path = save(tmp_path / "run.pt", some_tensors(0))
+    with pytest.raises(DestinationError):
+        streamsoup.soup([path], path, overwrite=True)
+
+
+MEMORY = """
+import resource, sys
+import streamsoup
+from streamsoup.checkpoints import open_checkpoints
+paths, out, mode = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
+streamsoup.soup(paths[:1], out + "-warm", workers=2, read_mode=mode, nonfinite="allow", include=["small*"])
+open_checkpoints(paths)
+def data():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
+limit = data() + (96 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+streamsoup.soup(paths, out, workers=2, read_mode=mode, budget_bytes=64 << 20)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("mode", ["map", "plain"])
+def test_neither_opening_nor_souping_loads_the_storages(tmp_path, mode):
+    """256 MiB of ingredients, half of it transposed, where no more than 96 MiB of memory may be had."""
+    big = torch.arange(64 << 18, dtype=torch.float32).reshape(4096, 4096)
+    paths = [save(tmp_path / f"{i}.pt", {"big": (big + i).t(), "whole": big, "small": torch.ones(2)}) for i in (0, 2)]
+    script = [sys.executable, "-c", MEMORY, *paths, str(tmp_path / "soup"), mode]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    soup = read_checkpoint(tmp_path / "soup")
+    assert np.array_equal(soup["big"], (big + 1).t().numpy())
