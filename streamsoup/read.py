@@ -10,11 +10,15 @@ import contextlib
 import ctypes
 import importlib.util
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
 
-from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, Shard
+import numpy as np
+import numpy.typing as npt
+
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, Shard, TensorTable
 from streamsoup.errors import IngredientReadError, RecipeError
 from streamsoup.maps import FileMap, address_of
 from streamsoup.open_files import OpenFiles
@@ -26,6 +30,7 @@ MODES = ("auto", "map", "ahead", "plain", "gds")
 RWF_DONTCACHE = 0x80  # Linux 6.14; Python has no name for it yet
 _PROBES = 512
 _WARM_SHARE = 0.98
+_LARGEST_GAP = 1 << 16  # what describes the next tensor; more are tensors that nobody asked for
 _NETWORK = (
     "nfs",
     "cifs",
@@ -146,6 +151,7 @@ class AheadSource(MappedSource):
         self._window = window
         self._windows: dict[int, Windows] = {}
         self._windows_lock = threading.Lock()
+        self._gaps = _gaps_after(checkpoint.table)
 
     def load(self, position: int, offset: int, nbytes: int) -> None:
         """See `Source`."""
@@ -158,6 +164,10 @@ class AheadSource(MappedSource):
     def drop(self, position: int, offset: int, nbytes: int) -> None:
         """See `Source`."""
         shard, begin = self._place(position, offset)
+        if self._gaps is not None:
+            whole = self._table.dtype(position).nbytes(math.prod(self._table.shape(position)))
+            if offset + nbytes == whole:
+                nbytes += int(self._gaps[position])
         self._windows_of(shard).drop(begin, nbytes)
 
     def _windows_of(self, shard: int) -> Windows:
@@ -174,6 +184,21 @@ class AheadSource(MappedSource):
         for windows in self._windows.values():
             windows.close()
         super().close()
+
+
+def _gaps_after(table: TensorTable) -> npt.NDArray[np.int32] | None:
+    """Count the bytes behind each tensor that belong to none, as in zip files; None if there are nowhere any.
+
+    A window that has some in it would never be used up.
+    """
+    nbytes = table.nbytes
+    order = np.lexsort((table.begins, table.shards))
+    order = order[nbytes[order] > 0]  # nobody reads the others
+    gaps = np.zeros(len(table), np.int64)
+    begins, ends = table.begins[order], (table.begins + nbytes)[order]
+    beside = table.shards[order][1:] == table.shards[order][:-1]
+    gaps[order[:-1]] = np.where(beside, np.clip(begins[1:] - ends[:-1], 0, _LARGEST_GAP), 0)
+    return gaps.astype(np.int32) if gaps.any() else None
 
 
 class PlainSource(Source):

@@ -27,6 +27,7 @@ from streamsoup.errors import (
     ShardIndexError,
     UnsupportedDTypeError,
 )
+from streamsoup.windows import Windows
 from streamsoup.write import FileSink
 
 MODES = ("map", "ahead", "plain")
@@ -350,6 +351,24 @@ def test_an_index_that_lies_is_refused(tmp_path):
     (tmp_path / "d" / "pytorch_model.bin.index.json").unlink()
     with pytest.raises(ShardIndexError, match=r"2 \.bin files but no index"):
         open_one(tmp_path / "d")
+
+
+def test_what_lies_between_tensors_is_dropped_with_them(tmp_path, monkeypatch):
+    """Windows count down what is still to be used of them; entries' headers never would be."""
+    dropped = []
+
+    class Noted(Windows):
+        def drop(self, offset, nbytes):
+            dropped.append((offset, nbytes))
+            super().drop(offset, nbytes)
+
+    monkeypatch.setattr("streamsoup.read.Windows", Noted)
+    monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(4096, workers)])
+    path = save(tmp_path / "run.pt", some_tensors(0))
+    streamsoup.soup([path], tmp_path / "soup", read_mode="ahead")
+    table = open_one(path).table
+    last = max(range(len(table)), key=lambda t: table.begins[t] + table.nbytes[t])
+    assert sum(nbytes for _, nbytes in dropped) == table.begins[last] + table.nbytes[last] - table.begins.min()
 
 
 # -- as ingredients --------------------------------------------------------------------------------------------------
