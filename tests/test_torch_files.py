@@ -17,7 +17,7 @@ from factory import read_checkpoint, same_bits, write_checkpoint
 from torch_checkpoints import TORCH, expected, held, open_one, save, some_strided, some_tensors, to_numpy
 
 import streamsoup
-from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, expand_paths, identify, open_checkpoints
+from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, expand_paths, identify, nested, open_checkpoints
 from streamsoup.checkpoints.torch_file import open_torch_file
 from streamsoup.errors import (
     ChangedIngredientError,
@@ -128,6 +128,19 @@ def test_nested_models_are_named_with_dots(tmp_path):
     assert set(open_torch_file(path, "app.optim").table.names) == {"x"}
 
 
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ({"model": {"state_dict": {"a": torch.ones(1)}}}, {"a"}),
+        ({"model": {"net": {"a": torch.ones(1)}}}, {"net.a"}),
+        ({"model": {"net": {"a": torch.ones(1)}, "head": {"b": torch.ones(1)}}}, {"net.a", "head.b"}),
+        ({"module": {0: {"a": torch.ones(1)}}, "epoch": 3}, {"0.a"}),
+    ],
+)
+def test_blocks_of_a_model_are_parts_of_names(tmp_path, document, names):
+    assert set(open_one(save(tmp_path / "run.pt", document)).table.names) == names
+
+
 @pytest.mark.parametrize("wrappers", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_what_wrappers_put_before_all_names_is_left_out(tmp_path, wrappers):
     tensors = some_tensors(0)
@@ -151,11 +164,30 @@ def test_the_model_must_be_clear(tmp_path):
     assert held(open_torch_file(str(tmp_path / "two.pt"), "ema")) == expected(two["ema"])
     other = {"student": {"a": torch.ones(1)}, "epoch": 1}
     refused(save(tmp_path / "other.pt", other), r"has 'student' at its top, .* --key")
+    flat = {"w": torch.ones(1), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    refused(save(tmp_path / "flat.pt", flat), r"has tensors, 'optimizer' at its top, .* --key")
     both = {"model": {"a": torch.ones(1)}, "bias": torch.ones(2)}
     refused(save(tmp_path / "both.pt", both), r"has tensors, 'model' at its top, .* --key")
     refused(tmp_path / "two.pt", r"nothing under key 'teacher'. Its mappings are: model, ema", key="teacher")
     refused(tmp_path / "two.pt", r"nothing under key 'model.b'", key="model.b")
     refused(tmp_path / "other.pt", r"holds a int under key 'epoch'", key="epoch")
+
+
+def test_values_that_are_there_many_times_are_no_bomb(tmp_path, monkeypatch):
+    many = {"a": torch.ones(1)}
+    for _ in range(70):
+        many = {"x": many, "y": many}
+    refused(save(tmp_path / "deep.pt", {"model": many}), "nested too deeply")
+    itself: dict = {"a": torch.ones(1)}
+    itself["b"] = itself
+    refused(save(tmp_path / "self.pt", {"model": itself}), "nested too deeply")
+    wide: dict = {}
+    for _ in range(40):
+        wide = {"x": wide, "y": wide}
+    monkeypatch.setattr(nested, "_MAX_NODES", 10_000)
+    refused(save(tmp_path / "wide.pt", {"model": {"w": torch.ones(1), "x": wide}}), "more than 10,000 values")
+    monkeypatch.setattr(nested, "_MAX_NAMES_BYTES", 1000)
+    refused(save(tmp_path / "long.pt", {"x" * 1001: torch.ones(1)}), "names of megabytes")
 
 
 class Net(torch.nn.Linear):
@@ -173,7 +205,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
     refused(save(tmp_path / "h.pt", {"a": torch.ones(1), "b": Net(2, 2)}), r"b: is no tensor in .*Net")
     refused(save(tmp_path / "i.pt", {"a": torch.ones(1), "b": [torch.ones(1)]}), "b: is no tensor in .*, but list")
     refused(save(tmp_path / "j.pt", {"a": torch.ones(1), "b": np.ones(3)}), r"b: is no tensor in .*numpy")
-    refused(save(tmp_path / "k.pt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), "a.b: stands for two tensors")
+    refused(save(tmp_path / "k.pt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), "a.b: stands for two", key=".")
     refused(save(tmp_path / "l.pt", {"\ud800": torch.ones(1)}), "not valid Unicode")
 
 

@@ -9,15 +9,19 @@ from streamsoup.checkpoints.pickles import Made, Named
 from streamsoup.errors import CheckpointError
 
 # What training code calls the model, where it saves more than that.
+_STATES = ("state_dict", "model_state_dict", "model_state", "ema_state_dict", "state_dict_ema")
+_HOLDERS = ("app",)  # of the model and more, where applications of DCP save themselves
 _MODELS = (
-    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "app",
-    "ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema",
+    *_STATES, *_HOLDERS, "model", "module", "net", "network", "params", "weights", "ema", "ema_model", "model_ema",
+    "params_ema",
 )  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 _SCALARS = (type(None), bool, int, float, str, bytes)
 _MAX_DEPTH = 64
 _MAX_NODES = 1 << 22
+_MAX_NAMES_BYTES = 1 << 27
 _LONGEST_LIST = 8
+_LONGEST_KEY = 80
 IsTensor = Callable[[Any], bool]
 
 
@@ -53,7 +57,11 @@ def model_tensors(top: Any, key: str | None, path: str, is_tensor: IsTensor) -> 
         )
     chosen = _choose(top, path, is_tensor) if key is None else _follow(top, key, path)
     found: dict[str, Any] = {}
+    length = 0
     for name, value in _walk(chosen, path, is_tensor):
+        length += len(name)
+        if length > _MAX_NAMES_BYTES:
+            raise CheckpointError(f"{path}: its tensors have names of megabytes. Export it again.", path=path)
         if name in found:
             raise CheckpointError(f"{name}: stands for two tensors in {path}. Rename one of them.", path=path)
         found[name] = value
@@ -76,9 +84,8 @@ def _follow(top: Mapping[Any, Any], key: str, path: str) -> Mapping[Any, Any]:
     rest = key
     while rest:
         # Keys may have dots themselves: the longest that fits.
-        fitting = (
-            [k for k in at if isinstance(k, str) and f"{rest}.".startswith(f"{k}.")] if isinstance(at, Mapping) else []
-        )
+        keys = [k for k in at if isinstance(k, str)] if isinstance(at, Mapping) else []
+        fitting = [k for k in keys if f"{rest}.".startswith(f"{k}.")]
         if not fitting:
             raise CheckpointError(f"{path}: has nothing under key {key!r}.{_advice(top)}", path=path)
         step = max(fitting, key=len)
@@ -96,12 +103,15 @@ def _choose(top: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Mapping[A
     steps: list[str] = []
     for _ in range(_MAX_DEPTH):
         own = any(is_tensor(value) for value in at.values())
-        inside = [k for k, v in at.items() if isinstance(v, Mapping) and holds_tensors(v, is_tensor)]
-        models = [k for k in inside if k in _MODELS]
-        if own and not models:
+        inside = [k for k, v in at.items() if isinstance(v, Mapping) and _holds_tensors(v, is_tensor, set())]
+        if own and not inside:
             return at
-        if own or len(models) != 1:
-            raise CheckpointError(_unclear(at, steps, own=own, inside=models or inside, path=path), path=path)
+        models = [k for k in inside if k in _MODELS]
+        if not steps or steps[-1] in _HOLDERS:
+            if own or len(models) != 1:
+                raise CheckpointError(_unclear(at, steps, own=own, inside=models or inside, path=path), path=path)
+        elif own or models != inside or models[0] not in _STATES or len(models) > 1:
+            return at  # a model with blocks, whose names belong to those of the tensors
         steps.append(models[0])
         at = at[models[0]]
     raise CheckpointError(f"{path}: is nested too deeply. Say where the model is with --key.", path=path)
@@ -110,7 +120,7 @@ def _choose(top: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Mapping[A
 def _unclear(at: Mapping[Any, Any], steps: list[str], *, own: bool, inside: list[Any], path: str) -> str:
     where = f"under {'.'.join(steps)}" if steps else "at its top"
     if own or inside:
-        kinds = ", ".join([*(["tensors"] if own else []), *(repr(k) for k in inside[:_LONGEST_LIST])])
+        kinds = ", ".join([*(["tensors"] if own else []), *(repr(k)[:_LONGEST_KEY] for k in inside[:_LONGEST_LIST])])
         return (
             f"{path}: has {kinds} {where}, and it is not clear which is the model. Say where it is with --key "
             "(Python: key=...); '.' is all."
@@ -126,13 +136,13 @@ def _unclear(at: Mapping[Any, Any], steps: list[str], *, own: bool, inside: list
 
 
 def _advice(top: Mapping[Any, Any]) -> str:
-    keys = [str(key) for key, value in top.items() if isinstance(value, Mapping)][:_LONGEST_LIST]
+    keys = [str(key)[:_LONGEST_KEY] for key, value in top.items() if isinstance(value, Mapping)][:_LONGEST_LIST]
     return f" Its mappings are: {', '.join(keys)}." if keys else " Name another file."
 
 
-def holds_tensors(value: Any, is_tensor: IsTensor) -> bool:
-    """Whether there are tensors anywhere in a value; what is there many times is looked at once."""
-    waiting, seen = [value], set()
+def _holds_tensors(value: Any, is_tensor: IsTensor, seen: set[int]) -> bool:
+    """Whether there are tensors anywhere in a value; `seen`: changed, what has been looked at and has none."""
+    waiting = [value]
     while waiting:
         value = waiting.pop()
         if is_tensor(value):
@@ -152,6 +162,7 @@ def holds_tensors(value: Any, is_tensor: IsTensor) -> bool:
 def _walk(chosen: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Iterator[tuple[str, Any]]:
     """Yield tensors with their names, in order; refuse what may be one and cannot be read."""
     waiting: list[Iterator[tuple[str, Any]]] = [_named("", chosen)]
+    seen: set[int] = set()
     for _ in range(_MAX_NODES):
         if not waiting:
             return
@@ -161,11 +172,10 @@ def _walk(chosen: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Iterator
         elif is_tensor(value):
             yield name, value
         elif isinstance(value, Mapping):
-            if not name.rpartition(".")[2].startswith("_metadata"):
-                waiting.append(_named(f"{name}.", value))
+            waiting.append(_named(f"{name}.", value))
             if len(waiting) > _MAX_DEPTH:
                 raise CheckpointError(f"{path}: is nested too deeply under {name[:100]}. Save it flat.", path=path)
-        elif _may_be_tensors(value, is_tensor):
+        elif _may_be_tensors(value, is_tensor, seen):
             what = value.name if isinstance(value, Made) else f"{type(value).__name__} with tensors"
             raise CheckpointError(
                 f"{name}: is no tensor in {path}, but {what}. Leave it out of the state dict, or say with --key where "
@@ -179,7 +189,7 @@ def _named(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{prefix}{key if isinstance(key, str | int) else type(key).__name__}", v) for key, v in values.items())
 
 
-def _may_be_tensors(value: Any, is_tensor: IsTensor) -> bool:
+def _may_be_tensors(value: Any, is_tensor: IsTensor, seen: set[int]) -> bool:
     if isinstance(value, Made) and value.name.startswith("numpy."):
         return value.name.endswith(("_reconstruct", "_frombuffer"))
-    return not isinstance(value, (*_SCALARS, Named)) and holds_tensors(value, is_tensor)
+    return not isinstance(value, (*_SCALARS, Named)) and _holds_tensors(value, is_tensor, seen)

@@ -134,6 +134,11 @@ class _Machine:
         self.at = end
         return piece
 
+    def one(self) -> int:
+        value = self.raw[self.at]
+        self.at += 1
+        return value
+
     def number(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")
 
@@ -266,13 +271,13 @@ _BY_CODE: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x88": lambda m: m.push(True),
     b"\x89": lambda m: m.push(False),
     b"J": lambda m: m.push(_signed(m, 4)),
-    b"K": lambda m: m.push(m.number(1)),
+    b"K": lambda m: m.push(m.one()),
     b"M": lambda m: m.push(m.number(2)),
-    b"\x8a": lambda m: m.push(_signed(m, m.number(1))),
+    b"\x8a": lambda m: m.push(_signed(m, m.one())),
     b"\x8b": lambda m: m.push(_signed(m, m.number(4))),
     b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
     b"X": _text(4),
-    b"\x8c": _text(1),
+    b"\x8c": lambda m: m.push(m.take(m.one()).decode("utf-8", "surrogatepass")),
     b"\x8d": _text(8),
     b"B": _bytes(4),
     b"C": _bytes(1),
@@ -296,9 +301,9 @@ _BY_CODE: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x8f": lambda m: m.push([]),  # EMPTY_SET
     b"\x90": lambda m: m.extend(m.since_mark()),
     b"\x91": lambda m: m.push(m.since_mark()),  # FROZENSET
-    b"h": lambda m: m.push(m.memo[m.number(1)]),
+    b"h": lambda m: m.push(m.memo[m.one()]),
     b"j": lambda m: m.push(m.memo[m.number(4)]),
-    b"q": lambda m: m.remember(m.number(1)),
+    b"q": lambda m: m.remember(m.one()),
     b"r": lambda m: m.remember(m.number(4)),
     b"\x94": lambda m: m.remember(len(m.memo)),
     b"c": _global,

@@ -23,7 +23,7 @@ from streamsoup.checkpoints.pieces import Piece, Pieced, arrange
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed
 from streamsoup.checkpoints.torch_archive import Archive, digest_of, left_cold
-from streamsoup.checkpoints.torch_tensors import TORCH_DTYPES, is_tensor, read_tensor, sizes_of
+from streamsoup.checkpoints.torch_tensors import TORCH_DTYPES, TorchTensor, is_tensor, read_tensor, sizes_of
 from streamsoup.dtypes import DType
 from streamsoup.errors import CheckpointError, UnsupportedDTypeError
 
@@ -257,6 +257,7 @@ def _look_into(
 def _pieces(
     fd: int, path: str, size_bytes: int, number: int, wanted: Sequence[tuple[_Saved, _Chunk]]
 ) -> Iterator[tuple[tuple[str, Sizes], Piece]]:
+    understood: dict[bytes, TorchTensor] = {}  # most chunks are described alike
     for tensor, chunk in wanted:
         where = f"{path} at byte {chunk.begin:,}"
         if chunk.begin + chunk.nbytes > size_bytes:
@@ -266,10 +267,12 @@ def _pieces(
                 path=path,
             )
         archive = Archive(fd, where, chunk.begin, chunk.nbytes)
-        value = read_pickle(archive.pickle, where)
-        if not is_tensor(value):
-            raise CheckpointError(f"{tensor.name}: {where} is no tensor. Save the checkpoint again.", path=path)
-        stored = read_tensor(value, tensor.name, path)
+        stored = understood.get(archive.pickle)
+        if stored is None:
+            value = read_pickle(archive.pickle, where)
+            if not is_tensor(value):
+                raise CheckpointError(f"{tensor.name}: {where} is no tensor. Save the checkpoint again.", path=path)
+            stored = understood[archive.pickle] = read_tensor(value, tensor.name, path)
         have = archive.place(f"data/{stored.storage}") if f"data/{stored.storage}" in archive else (0, 0)
         if (stored.dtype, stored.shape) != (tensor.dtype, chunk.sizes) or stored.stored_bytes > have[1]:
             raise CheckpointError(
