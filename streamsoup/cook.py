@@ -67,8 +67,9 @@ def soup(
     Parameters
     ----------
     ingredients : path, pattern, or sequence of paths and patterns
-        ``.safetensors`` files or folders of them, any sharding, any mix of float dtypes. The first gives the names,
-        their order, the configuration files and, unless `dtype` is given, the output dtypes.
+        ``.safetensors`` files or folders of them, any sharding, any mix of float dtypes, and files of `torch.save`
+        and `torch.distributed.checkpoint`. The first gives the names, their order, the configuration files and, unless
+        `dtype` is given, the output dtypes.
     out : path
         A new folder, or a ``.safetensors`` file.
     weights : sequence of float, optional

@@ -49,8 +49,8 @@ def add_parser(commands: Any) -> None:
         "ingredients",
         nargs="*",
         metavar="CHECKPOINT[:WEIGHT]",
-        help="a .safetensors file or a folder with one or with shards and an index; the first gives config files, "
-        "names and dtype",
+        help="a .safetensors file or a folder with one or with shards and an index, or PyTorch's files (docs/"
+        "ingredients.md); the first gives config files, names and dtype",
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="a new folder, or a .safetensors file")
     _add_recipe(parser.add_argument_group("what to make"))
