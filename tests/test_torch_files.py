@@ -110,12 +110,13 @@ def test_where_the_model_is(tmp_path, key):
         "state_dict": tensors,
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         "args": argparse.Namespace(lr=0.1),
-        "best": 0.5,
+        "best": torch.tensor(0.5),
+        "rng": torch.get_rng_state(),
     }
     path = save(tmp_path / "run.ckpt", document)
     names = set(open_torch_file(path, key).table.names)
     if key == ".":
-        assert names == {*(f"state_dict.{name}" for name in tensors), "optimizer.state.0.exp_avg"}
+        assert names == {*(f"state_dict.{name}" for name in tensors), "optimizer.state.0.exp_avg", "best", "rng"}
     else:
         assert names == set(tensors)
 
@@ -166,7 +167,7 @@ def test_the_model_must_be_clear(tmp_path):
     refused(save(tmp_path / "other.pt", other), r"has 'student' at its top, .* --key")
     flat = {"w": torch.ones(1), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
     refused(save(tmp_path / "flat.pt", flat), r"has tensors, 'optimizer' at its top, .* --key")
-    both = {"model": {"a": torch.ones(1)}, "bias": torch.ones(2)}
+    both = {"model": {"a": torch.ones(1)}, "head.bias": torch.ones(2)}
     refused(save(tmp_path / "both.pt", both), r"has tensors, 'model' at its top, .* --key")
     refused(tmp_path / "two.pt", r"nothing under key 'teacher'. Its mappings are: model, ema", key="teacher")
     refused(tmp_path / "two.pt", r"nothing under key 'model.b'", key="model.b")

@@ -102,14 +102,15 @@ def _choose(top: Mapping[Any, Any], path: str, is_tensor: IsTensor) -> Mapping[A
     at = top
     steps: list[str] = []
     for _ in range(_MAX_DEPTH):
-        own = any(is_tensor(value) for value in at.values())
+        own = [k for k, v in at.items() if is_tensor(v)]
         inside = [k for k, v in at.items() if isinstance(v, Mapping) and _holds_tensors(v, is_tensor, set())]
         if own and not inside:
             return at
         models = [k for k in inside if k in _MODELS]
         if not steps or steps[-1] in _HOLDERS:
-            if own or len(models) != 1:
-                raise CheckpointError(_unclear(at, steps, own=own, inside=models or inside, path=path), path=path)
+            # A loss or the state of a random generator has no dot in its name, as the tensors of networks have.
+            if len(models) != 1 or any("." in str(k) for k in own):
+                raise CheckpointError(_unclear(at, steps, own=bool(own), inside=models or inside, path=path), path=path)
         elif own or models != inside or models[0] not in _STATES or len(models) > 1:
             return at  # a model with blocks, whose names belong to those of the tensors
         steps.append(models[0])
