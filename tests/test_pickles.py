@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsoup.checkpoints import pickles
-from streamsoup.checkpoints.pickles import Made, Named, read_pickle
+from streamsoup.checkpoints.pickled import Made, Named
+from streamsoup.checkpoints.pickles import read_pickle
 from streamsoup.errors import CheckpointError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

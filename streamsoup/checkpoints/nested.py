@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from streamsoup.checkpoints.pickles import Made, Named
+from streamsoup.checkpoints.pickled import Made, Named
 from streamsoup.errors import CheckpointError
 
 # What training code calls the model, where it saves more than that.

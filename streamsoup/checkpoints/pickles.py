@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from streamsoup.checkpoints.pickled import Elsewhere, Made, Named
 from streamsoup.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 1 << 27
@@ -22,44 +23,6 @@ _HOSTILE_MODULES = frozenset((
     "code", "codeop", "pickle", "_pickle", "multiprocessing", "asyncio", "pip", "pdb", "timeit",
 ))  # fmt: skip
 _HOSTILE_BUILTINS = frozenset(("eval", "exec", "compile", "open", "__import__", "input", "breakpoint"))
-
-
-class Named:
-    """A class or function that a pickle names; `name` is its module and name."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class Made:
-    """What a pickle wants made by a class or function.
-
-    Attributes
-    ----------
-    name : str
-        Of the class or function.
-    arguments : tuple
-    state : object
-        What it is to be given afterwards.
-    """
-
-    __slots__ = ("arguments", "name", "state")
-
-    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.state: Any = None
-
-
-class Elsewhere:
-    """What a pickle says lies outside it; `place` says where."""
-
-    __slots__ = ("place",)
-
-    def __init__(self, place: Any) -> None:
-        self.place = place
 
 
 def read_pickle(raw: bytes, where: str) -> Any:

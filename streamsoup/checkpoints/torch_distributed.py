@@ -18,7 +18,8 @@ import numpy as np
 from streamsoup.checkpoints.gathering import Sizes
 from streamsoup.checkpoints.header import reading
 from streamsoup.checkpoints.nested import model_tensors, unwrapped
-from streamsoup.checkpoints.pickles import MAX_PICKLE_BYTES, Made, Named, read_pickle
+from streamsoup.checkpoints.pickled import Made, Named
+from streamsoup.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle
 from streamsoup.checkpoints.pieces import Piece, Pieced, arrange
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from streamsoup.checkpoints.gathering import Sizes, is_contiguous, row_major
 from streamsoup.checkpoints.header import MAX_DIM
-from streamsoup.checkpoints.pickles import Elsewhere, Made, Named
+from streamsoup.checkpoints.pickled import Elsewhere, Made, Named
 from streamsoup.dtypes import BY_NAME, DType
 from streamsoup.errors import CheckpointError, UnsupportedDTypeError
 

@@ -1,0 +1,43 @@
+"""What stands in a pickle that was read as data, where it wants more than plain containers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Named:
+    """A class or function that a pickle names; `name` is its module and name."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Made:
+    """What a pickle wants made by a class or function.
+
+    Attributes
+    ----------
+    name : str
+        Of the class or function.
+    arguments : tuple
+    state : object
+        What it is to be given afterwards.
+    """
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.state: Any = None
+
+
+class Elsewhere:
+    """What a pickle says lies outside it; `place` says where."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
