@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -32,7 +33,7 @@ def main(rank: int, world: int, meeting: str, seeds: int, out: str) -> None:
         torch.save(network.state_dict(), f"{out}/network.pt")
     fully_shard(network, mesh=mesh)
     dcp.save(network.state_dict(), checkpoint_id=f"{out}/fsdp")
-    dist.destroy_process_group()
+    os._exit(0)  # all is saved; torch's threads now and then abort a process that takes them down
 
 
 if __name__ == "__main__":
