@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_pools import write_adapter, write_base
 from factory import read_checkpoint, same_bits, write_checkpoint
+from safetensors.torch import load_file
 from torch_checkpoints import TORCH, expected, held, open_one, save, some_strided, some_tensors, to_numpy
 
 import streamsoup
@@ -518,3 +520,16 @@ def test_neither_opening_nor_souping_loads_the_storages(tmp_path, mode):
     assert done.returncode == 0, done.stderr[-2000:]
     soup = read_checkpoint(tmp_path / "soup")
     assert np.array_equal(soup["big"], (big + 1).t().numpy())
+
+
+def test_a_base_and_an_adapter_may_be_files_of_torch(tmp_path):
+    names = ("base", "lora")
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "lora")
+    wanted = soup_of(tmp_path, ["+".join(str(tmp_path / name) for name in names)], "wanted")
+    for name, file in zip(names, ("pytorch_model.bin", "adapter_model.bin"), strict=True):
+        (old,) = (tmp_path / name).glob("*.safetensors")
+        torch.save(load_file(old), tmp_path / name / file)
+        old.unlink()
+    found = soup_of(tmp_path, ["+".join(str(tmp_path / name) for name in names)], "found")
+    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in wanted.items()}

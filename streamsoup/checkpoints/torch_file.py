@@ -21,7 +21,7 @@ from streamsoup.checkpoints.torch_tensors import TorchTensor, is_tensor, read_te
 from streamsoup.errors import CheckpointError
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_FOLDER_PATTERN = "*pytorch_model*.bin"
+_FOLDER_PATTERN = "*_model*.bin"  # pytorch_model, diffusion_pytorch_model, adapter_model
 _Tensors = Mapping[str, TorchTensor]
 
 
@@ -43,7 +43,7 @@ def is_torch_file(path: str) -> bool:
 
 
 def open_torch_file(path: str, key: str | None = None, parsed: Parsed | None = None) -> Checkpoint:
-    """Read what a file of `torch.save` says of its tensors, or a folder of ``pytorch_model*.bin``; no tensor is read.
+    """Read what a file of `torch.save` says of its tensors, or a folder of ``*_model*.bin``; no tensor is read.
 
     Nothing of the file is run: its pickle is read as data (`streamsoup.checkpoints.pickles`).
 
