@@ -230,9 +230,15 @@ def test_tensors_of_other_kinds_are_refused_by_name(tmp_path, make, words):
     refused(path, rf"^layer\.w: is ({words})", UnsupportedDTypeError)
 
 
-def test_scaled_fp8_is_refused(tmp_path):
-    tensors = {"w": torch.ones(3).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
-    refused(save(tmp_path / "run.pt", tensors), "8-bit floats with scale tensors", UnsupportedDTypeError)
+@pytest.mark.parametrize("turn", [lambda t: t, lambda t: t.t().contiguous().t()])
+def test_8_bit_floats_are_multiplied_by_their_scales(tmp_path, turn):
+    weight = torch.randn(256, 128).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": weight, "a.weight_scale_inv": torch.rand(2, 1), "b": torch.randn(3).bfloat16()}
+    plain = write_checkpoint(tmp_path / "plain", to_numpy(tensors))
+    path = save(tmp_path / "run.pt", {**tensors, "a.weight": turn(weight)})
+    wanted = soup_of(tmp_path, [plain], "wanted")
+    assert set(wanted) == {"a.weight", "b"}
+    assert same_bits(soup_of(tmp_path, [path], "found"), wanted)
 
 
 class Call:

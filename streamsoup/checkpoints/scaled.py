@@ -127,6 +127,8 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
     scaling = known[key][1]
     if scaling is None:
         return checkpoint
+    # What a thread holds of the checkpoint, if that is computed, it holds beside our own.
+    beneath = checkpoint.scratch_bytes if isinstance(checkpoint, DerivedCheckpoint) else 0
     return ScaledCheckpoint(
         path=checkpoint.path,
         folder=checkpoint.folder,
@@ -134,7 +136,7 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
         table=scaling.shown,
         metadata=checkpoint.metadata,
         out_dtypes=scaling.out_dtypes,
-        scratch_bytes=4 * STRIP_BYTES,
+        scratch_bytes=4 * STRIP_BYTES + beneath,
         scaling=scaling,
         block=block,
     )
