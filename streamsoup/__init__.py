@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamsoup.candidate import Candidate as Candidate
     from streamsoup.comparison import Comparison as Comparison
     from streamsoup.comparison import compare as compare
+    from streamsoup.converting import convert as convert
     from streamsoup.cook import resume as resume
     from streamsoup.cook import soup as soup
     from streamsoup.errors import StreamsoupError as StreamsoupError
@@ -50,6 +51,7 @@ _HOMES = {
     "SoupResult": "execution",
     "StreamsoupError": "errors",
     "compare": "comparison",
+    "convert": "converting",
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "learn": "learning",

@@ -91,6 +91,13 @@ def _beneath(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def copy_card(checkpoint: Checkpoint, target: Path) -> None:
+    """Copy the model card, if there is one."""
+    if checkpoint.folder is not None and (card := checkpoint.folder / "README.md").is_file():
+        with writing_to(target / card.name):
+            shutil.copyfile(card, target / card.name)
+
+
 def _correct(config: Path, dtype: DType | None, checkpoint: Checkpoint) -> None:
     try:
         document = json.loads(config.read_text(encoding="utf-8"))

@@ -36,7 +36,8 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
     Raises
     ------
     NonFiniteError
-        If `nonfinite` is ``error``; it lists every offending ingredient and tensor.
+        If `nonfinite` is ``error``; it lists every offending ingredient and tensor. If it is ``keep``, of numbers that
+        are too large for the output.
     """
     names = plan.table.names
     found = [
@@ -49,11 +50,17 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
             continue
         dtype = plan.out_dtype(tensor).torch_name or "a running sum"
         found.append(f"{names[tensor]}: {count:,} element(s) of the soup are too large for {dtype}.")
-    if found and nonfinite == "error":
+    if nonfinite == "keep" and outcome.nonfinite:
+        found = found[len(outcome.nonfinite) :]
+    if found and nonfinite in ("error", "keep"):
         advice = []
-        if outcome.nonfinite:
+        if outcome.nonfinite and nonfinite == "error":
             advice.append("Leave these ingredients out, or resume with --nonfinite warn.")
         if outcome.overflowed:
             advice.append("Choose a wider --dtype.")
         raise NonFiniteError(found, " ".join(advice))
+    if nonfinite == "keep" and outcome.nonfinite:
+        (_, tensor), count = min(outcome.nonfinite), sum(outcome.nonfinite.values())
+        tensors = len({t for _, t in outcome.nonfinite})
+        return [f"{count:,} NaN or infinite element(s) in {tensors:,} tensor(s) were kept, first in {names[tensor]}."]
     return found if nonfinite == "warn" else []

@@ -101,7 +101,14 @@ class Plan:
     @cached_property
     def averaged(self) -> list[int]:
         """The tensors that are combined (and not copied)."""
-        return [int(t) for t in np.flatnonzero(_FLOAT[self.out_dtypes])]
+        return [int(t) for t in np.flatnonzero(self._combined)]
+
+    @cached_property
+    def _combined(self) -> npt.NDArray[np.bool_]:
+        floats: npt.NDArray[np.bool_] = _FLOAT[self.out_dtypes]
+        if not self.method.verbatim:
+            return floats
+        return np.logical_and(floats, (self.in_dtypes != self.out_dtypes[:, None]).any(axis=1))
 
     def bytes_of(self, tensor: int) -> int:
         """Bytes of a tensor in all ingredients together."""
@@ -156,7 +163,7 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        """Elements of the tensors that are averaged."""
+        """Elements of the float tensors."""
         return int(self.table.elements[_FLOAT[self.out_dtypes]].sum())
 
     @property
@@ -208,7 +215,7 @@ class Plan:
 
     def is_averaged(self, tensor: int) -> bool:
         """Whether a tensor is averaged (and not copied)."""
-        return bool(_FLOAT[self.out_dtypes[tensor]])
+        return bool(self._combined[tensor])
 
     def out_dtype(self, tensor: int) -> DType:
         """Output dtype of a tensor."""
@@ -273,7 +280,7 @@ class Plan:
         done : mapping of tensor to sequence of (start, elements), optional
             From a journal; made with any tile size.
         """
-        for tensor in np.flatnonzero(_FLOAT[self.out_dtypes] == averaged).tolist():
+        for tensor in np.flatnonzero(self._combined == averaged).tolist():
             yield from self.tiles_of(tensor, (done or {}).get(tensor, ()))
 
 

@@ -19,6 +19,7 @@ from streamsoup.units import parse_bytes
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what huggingface_hub writes
 RECIPE_FORMAT = 1
 QUANTISATIONS = ("fp8-block",)
+NONFINITE = ("error", "warn", "allow", "keep")
 _SAID_ALWAYS = ("normalize", "dtype", "shard_bytes", "buffers", "nonfinite")
 
 
@@ -58,8 +59,9 @@ class Recipe:
         Largest output shard.
     buffers : {"identical", "first"}
         What to do with non-float tensors that differ: refuse, or take the first ingredient's.
-    nonfinite : {"error", "warn", "allow"}
-        What to do about NaN or infinity.
+    nonfinite : {"error", "warn", "allow", "keep"}
+        What to do about NaN or infinity; ``keep`` lets pass, with one note, what an ingredient has, and refuses numbers
+        that only the soup's dtype is too small for.
     method : str
         One of `streamsoup.methods.registry.METHODS`; ``uniform`` and ``weighted`` are ``linear``.
     base : str or None
@@ -95,9 +97,9 @@ class Recipe:
             raise RecipeError("A soup needs at least one ingredient.")
         for option, value, allowed in (
             ("buffers", self.buffers, ("identical", "first")),
-            ("nonfinite", self.nonfinite, ("error", "warn", "allow")),
             ("accumulate", self.accumulate, ("float64", "float32")),
             ("quantize", self.quantize, (None, *QUANTISATIONS)),
+            ("nonfinite", self.nonfinite, NONFINITE),
         ):
             if value not in allowed:
                 raise RecipeError(f"{option}: {value!r} is not one of {', '.join(filter(None, allowed))}.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsoup.companions import copy_companions
+from streamsoup.companions import copy_card, copy_companions
 from streamsoup.files import write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
 from streamsoup.plan import Plan
@@ -55,7 +55,10 @@ def write_side_files(
     write_durably(workspace.beside(RECIPE_NAME), recipe_to_yaml(resolved))
     if destination.is_file:
         return
-    write_durably(folder / "README.md", model_card(plan, recipe, manifest))
+    if recipe.method == "convert":
+        copy_card(plan.checkpoints[0], folder)  # it is the same network still, and no soup
+    else:
+        write_durably(folder / "README.md", model_card(plan, recipe, manifest))
     if plan.layout.index is not None:
         write_durably(folder / INDEX_NAME, plan.layout.index)
     copy_companions(plan.checkpoints[0], folder, dtype=recipe.dtype)

@@ -27,7 +27,7 @@ FLOORS = """
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
     greedy_loop greedy_cook
-    picture sweeping sliding
+    picture sweeping sliding converting
     comparison_figures comparison_gathering
     learning comparison bench
     comparison_pictures comparison_page
@@ -163,6 +163,7 @@ PUBLIC = [
     "StreamsoupError",
     "__version__",
     "compare",
+    "convert",
     "from_mergekit",
     "greedy",
     "learn",

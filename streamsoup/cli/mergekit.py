@@ -66,6 +66,7 @@ def add_parser(commands: Any) -> None:
         recipe_of=_recipe,
         guarded=True,
         on_death=soup.after_death,
+        verb="souping",
         resume=None,
         sweep=None,
         score=None,

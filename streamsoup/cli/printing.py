@@ -52,7 +52,10 @@ def print_plan(
     if args.json:
         print(json.dumps(facts))
         return
-    print(f"{recipe.label} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
+    if recipe.method == "convert":
+        print("conversion of")
+    else:
+        print(f"{recipe.label} soup of {len(recipe.ingredients)} checkpoints, added in this order:")
     roles = [] if recipe.base is None else ["base"]
     roles += [_role(recipe, i) for i in recipe.ingredients]
     for number, (role, checkpoint) in enumerate(zip_longest(roles, plan.checkpoints), 1 - (recipe.base is not None)):
@@ -93,6 +96,8 @@ def on_device(share: DeviceShare) -> str:
 
 
 def _role(recipe: Recipe, ingredient: Ingredient) -> str:
+    if recipe.method == "convert":
+        return "source"
     if "weight" in ingredient.parameters or "weight" in recipe.parameters:
         return "weight by rule"
     return f"weight {ingredient.weight:g}" if "weight" in METHODS[recipe.method].each else "ingredient"
@@ -125,9 +130,10 @@ def print_result(result: SoupResult, args: argparse.Namespace) -> None:
         return
     for note in result.notes:
         print(f"note: {note}")
+    checkpoints = f"{result.ingredients} checkpoint{'s' * (result.ingredients != 1)}"
     by = f" by {result.ranks} processes" if result.ranks > 1 else ""
     print(
-        f"{result.path}: {result.ingredients} checkpoints, {format_count(result.parameters)} parameters\n"
+        f"{result.path}: {checkpoints}, {format_count(result.parameters)} parameters\n"
         f"  read {format_bytes(result.bytes_read)}, wrote {format_bytes(result.bytes_written)} in "
         f"{format_seconds(result.seconds)} ({result.gb_per_s:.3g} GB/s){by}, limited by {result.limited_by}\n"
         f"  peak memory {format_binary(result.measured_peak_bytes)} "

@@ -36,14 +36,15 @@ class SilentProgress:
 class LineProgress(SilentProgress):
     """Prints a line every ten seconds on standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, verb: str = "souping") -> None:
+        self._verb = verb
         self._next = time.monotonic() + _LINE_SECONDS
 
     def __call__(self, progress: Progress) -> None:
         """See `SilentProgress`."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _LINE_SECONDS
-            print(_sentence(progress), file=sys.stderr, flush=True)
+            print(_sentence(progress, self._verb), file=sys.stderr, flush=True)
 
     def compiling(self) -> None:
         """See `SilentProgress`."""
@@ -53,7 +54,8 @@ class LineProgress(SilentProgress):
 class BarProgress(SilentProgress):
     """Draws a bar on the terminal with rich."""
 
-    def __init__(self) -> None:
+    def __init__(self, verb: str = "souping") -> None:
+        self._verb = verb
         self._bar: Any = None
         self._task: Any = None
 
@@ -73,7 +75,7 @@ class BarProgress(SilentProgress):
             self._task = self._bar.add_task("", total=progress.total_bytes, text="")
             self._bar.start()
         self._bar.update(
-            self._task, completed=progress.done_bytes, description=_label(progress), text=_numbers(progress)
+            self._task, completed=progress.done_bytes, description=_label(progress, self._verb), text=_numbers(progress)
         )
 
     def compiling(self) -> None:
@@ -87,15 +89,18 @@ class BarProgress(SilentProgress):
             self._bar.stop()
 
 
-def make_progress(*, quiet: bool, transient: bool = False) -> SilentProgress:
-    """Choose what fits standard error. Many short runs (`transient`) show no progress of their own."""
+def make_progress(*, quiet: bool, transient: bool = False, verb: str = "souping") -> SilentProgress:
+    """Choose what fits standard error. Many short runs (`transient`) show no progress of their own.
+
+    `verb`: what is being done, once all is measured.
+    """
     if quiet or transient:
         return SilentProgress()
-    return BarProgress() if sys.stderr.isatty() else LineProgress()
+    return BarProgress(verb) if sys.stderr.isatty() else LineProgress(verb)
 
 
-def _label(progress: Progress) -> str:
-    return {"measure": "measuring", "reduce": "souping", "sync": "syncing"}.get(progress.stage, progress.stage)
+def _label(progress: Progress, verb: str) -> str:
+    return {"measure": "measuring", "reduce": verb, "sync": "syncing"}.get(progress.stage, progress.stage)
 
 
 def _numbers(progress: Progress) -> str:
@@ -105,6 +110,6 @@ def _numbers(progress: Progress) -> str:
     return f"{done}  {rate:.2f} GB/s  {format_seconds(left)} left"
 
 
-def _sentence(progress: Progress) -> str:
+def _sentence(progress: Progress, verb: str) -> str:
     share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
-    return f"{_label(progress)}: {share:.0%}, {_numbers(progress)}"
+    return f"{_label(progress, verb)}: {share:.0%}, {_numbers(progress)}"

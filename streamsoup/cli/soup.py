@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
     add_execution_options(parser)
     parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
-    parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death)
+    parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death, verb="souping")
 
 
 def _add_recipe(group: Any) -> None:
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("streamsoup").addHandler(logging.NullHandler())
     distributed, other = args.rank is not None, bool(args.rank)  # one of several prints
-    with make_progress(quiet=args.quiet or args.json or other) as progress:
+    with make_progress(quiet=args.quiet or args.json or other, verb=args.verb) as progress:
         execution = _execution(args, progress, distributed=distributed)
         if distributed and (args.sweep or args.dry_run):
             raise UsageError("--sweep and --dry-run run in one process. Leave torchrun out.")

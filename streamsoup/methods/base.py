@@ -16,6 +16,7 @@ class MethodBase:
     sweeps: ClassVar[int] = 1
     whole_sweeps: ClassVar[int] = 0
     by_row: ClassVar[bool] = False
+    verbatim: ClassVar[bool] = False
 
     def takes(self, name: str) -> bool:
         """See `Method`."""

@@ -47,6 +47,7 @@ METHODS: dict[str, Entry] = {
     "swa": Entry("mean of all checkpoints from number start on", NO_BASE, ("start",), ()),
     "lawa": Entry("mean of the last window checkpoints", NO_BASE, ("window",), ()),
     "passthrough": Entry("one checkpoint, scaled", NO_BASE, (), ("scale",), most=1),
+    "convert": Entry("one checkpoint, copied bit for bit where its dtype stays", NO_BASE, (), (), most=1),
     "slerp": Entry("great circle from the first (or the base) to the second", MAY_HAVE_BASE, ("t",), (), 1, 2),
     "nuslerp": Entry("SLERP by weights, of tensors or of rows", MAY_HAVE_BASE, ("row_wise",), least=2, most=2),
     "multislerp": Entry("mean in a tangent space of the sphere", MAY_HAVE_BASE, ("normalize_weights",), least=2),

@@ -34,6 +34,23 @@ class Linear(MethodBase):
         return self.numbers
 
 
+@dataclass(frozen=True, slots=True)
+class Convert(MethodBase):
+    """One checkpoint as it is, or rounded once to another dtype."""
+
+    name: str = "convert"
+
+    fixed = True
+    verbatim = True
+
+    def merge(self, tensor: TensorInfo, known: object) -> Coefficients:
+        """Return the number one."""
+        return _ONE
+
+
+_ONE = Coefficients((1.0,))
+
+
 def linear(weights: Sequence[float], *, normalize: bool, name: str = "weighted") -> Linear:
     """Make a method of weights (divided by their exact sum; equal ones are ones) or coefficients (applied as given).
 

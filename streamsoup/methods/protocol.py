@@ -226,6 +226,8 @@ class Method(Protocol):
         tensors for `whole`. `Ranks` take three sweeps.
     by_row : bool
         Its rules may be by row.
+    verbatim : bool
+        Where a tensor keeps its dtype its bytes are copied, NaN and all, without a look at the numbers.
     """
 
     @property
@@ -238,6 +240,8 @@ class Method(Protocol):
     def whole_sweeps(self) -> int: ...
     @property
     def by_row(self) -> bool: ...
+    @property
+    def verbatim(self) -> bool: ...
 
     def takes(self, name: str) -> bool:
         """Whether it is used for a tensor of this name; others are those of the first checkpoint."""

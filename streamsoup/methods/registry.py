@@ -10,6 +10,7 @@ from streamsoup.methods import fixed, spherical
 from streamsoup.methods.catalogue import METHODS, NEEDS_BASE, NO_BASE
 from streamsoup.methods.fisher import Fisher
 from streamsoup.methods.fixed import Fixed
+from streamsoup.methods.linear import Convert
 from streamsoup.methods.median import GeometricMedian
 from streamsoup.methods.model_stock import FilterwiseModelStock, ModelStock
 from streamsoup.methods.parameters import Parameters
@@ -87,6 +88,7 @@ _MAKERS: dict[str, Callable[[Given], Method]] = {
     "task_arithmetic": _fixed(fixed.task_arithmetic, normalize=False),
     "ema": _fixed(fixed.ema),
     "passthrough": _fixed(fixed.passthrough),
+    "convert": lambda g: Convert(),
     "slerp": _slerp,
     "nuslerp": _nuslerp,
     "multislerp": _spherical(spherical.multislerp),

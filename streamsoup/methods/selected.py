@@ -58,6 +58,11 @@ class Selected:
         """See `Method`."""
         return self.method.by_row
 
+    @property
+    def verbatim(self) -> bool:
+        """See `Method`."""
+        return self.method.verbatim
+
     def takes(self, name: str) -> bool:
         """See `Method`."""
         included = not self.include or any(matches(p, name) for p in self.include)
