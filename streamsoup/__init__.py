@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from streamsoup.soup_plan import plan_soup as plan_soup
     from streamsoup.sums import RunningSoup as RunningSoup
     from streamsoup.sweeping import sweep as sweep
+    from streamsoup.verifying import Verification as Verification
+    from streamsoup.verifying import verify as verify
 
 _HOMES = {
     "Candidate": "candidate",
@@ -50,6 +52,7 @@ _HOMES = {
     "RunningSoup": "sums",
     "SoupResult": "execution",
     "StreamsoupError": "errors",
+    "Verification": "verifying",
     "compare": "comparison",
     "convert": "converting",
     "from_mergekit": "from_mergekit_config",
@@ -62,6 +65,7 @@ _HOMES = {
     "sliding_averages": "sliding",
     "soup": "cook",
     "sweep": "sweeping",
+    "verify": "verifying",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamsoup.backends.protocol import Backend
+from streamsoup.checkpoints import prepare_derived
 from streamsoup.devices import check_device_budget
+from streamsoup.dtypes import DTYPES
 from streamsoup.errors import RecipeError
 from streamsoup.outcome import Progress
+from streamsoup.plan import Plan
 
 _COMPILE_NOTICE_SECONDS = 1.0
 
@@ -138,3 +142,13 @@ def compile_notice(on_compile: Callable[[], None] | None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def prepare(backend: Backend, plan: Plan, on_compile: Callable[[], None] | None) -> None:
+    """Import and compile what a plan needs, before its memory and time are counted."""
+    dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
+    dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
+    wide, fp8 = any(d.is_wide for d in dtypes), any(d.is_fp8 for d in dtypes)
+    with compile_notice(on_compile):
+        prepare_derived(plan.checkpoints)
+        backend.prepare(wide=wide, fp8=fp8, single=plan.accumulate == "float32", measured=not plan.method.fixed)

@@ -12,11 +12,10 @@ from typing import Any
 
 from streamsoup.backends.protocol import Backend
 from streamsoup.budget import PeakSampler
-from streamsoup.checkpoints import prepare_derived, verify_unchanged
-from streamsoup.dtypes import DTYPES
+from streamsoup.checkpoints import verify_unchanged
 from streamsoup.engine import Engine
 from streamsoup.errors import ChangedIngredientError, MismatchError
-from streamsoup.execution import Execution, SoupResult, compile_notice
+from streamsoup.execution import Execution, SoupResult, prepare
 from streamsoup.files import write_durably
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.journal import Journal, read_journals
@@ -92,16 +91,7 @@ class Making:
     def _share(self) -> tuple[Outcome, int]:
         """Reduce this rank's share; returns what was found, and the bytes that were owned at most."""
         plan, execution = self.plan, self.execution
-        dtypes = {DTYPES[i] for c in plan.checkpoints for i in set(c.table.dtypes.tolist())}
-        dtypes |= {DTYPES[i] for i in set(plan.out_dtypes.tolist())}
-        with compile_notice(execution.on_compile):
-            prepare_derived(plan.checkpoints)
-            self.backend.prepare(
-                wide=any(d.is_wide for d in dtypes),
-                fp8=any(d.is_fp8 for d in dtypes),
-                single=plan.accumulate == "float32",
-                measured=not plan.method.fixed,
-            )
+        prepare(self.backend, plan, execution.on_compile)
         with PeakSampler() as sampler:
             outcome = self._reduce(sampler)
         for checkpoint in plan.checkpoints:

@@ -105,10 +105,10 @@ class Plan:
 
     @cached_property
     def _combined(self) -> npt.NDArray[np.bool_]:
-        floats: npt.NDArray[np.bool_] = _FLOAT[self.out_dtypes]
-        if not self.method.verbatim:
-            return floats
-        return np.logical_and(floats, (self.in_dtypes != self.out_dtypes[:, None]).any(axis=1))
+        combined: npt.NDArray[np.bool_] = _FLOAT[self.out_dtypes]
+        if self.method.verbatim:
+            combined &= (self.in_dtypes != self.out_dtypes[:, None]).any(axis=1)
+        return combined
 
     def bytes_of(self, tensor: int) -> int:
         """Bytes of a tensor in all ingredients together."""

@@ -1,8 +1,10 @@
-"""Places for a soup other than files: memory, and the tensors of a live module."""
+"""Places for a soup other than files: memory, the tensors of a live module, a comparison."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from streamsoup.errors import MismatchError
 from streamsoup.plan import Plan
+from streamsoup.source import STRIP_BYTES, PartReader
 from streamsoup.write import Sink
 
 if TYPE_CHECKING:
@@ -149,3 +152,80 @@ class ModuleSink(Sink):
         tile = torch.frombuffer(buffer, dtype=getattr(torch, dtype.torch_name))
         with torch.no_grad():
             target[start : start + len(tile)].copy_(tile)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Difference:
+    """An element that is not what it should be.
+
+    Attributes
+    ----------
+    tensor : int
+    element : int
+        Counted through the whole tensor.
+    expected, found : bytes
+        Its bits, as they lie in the file.
+    """
+
+    tensor: int
+    element: int
+    expected: bytes
+    found: bytes
+
+
+class ComparingSink(Sink):
+    """Compares what it gets with a checkpoint, bit for bit. See `Sink`.
+
+    Parameters
+    ----------
+    plan : Plan
+    reader : PartReader
+        Of the checkpoint.
+    positions : int64 array, shape (tensors,)
+        Where the plan's tensors stand in its table.
+
+    Attributes
+    ----------
+    compared_bytes, tiles, differing : int
+        Bytes and tiles so far, and elements that are not the same.
+    first : Difference or None
+        The first of those, by tensor and element, in whatever order tiles came.
+
+    Notes
+    -----
+    Memory: three strips for each thread that writes, `WORKER_BYTES`.
+    """
+
+    WORKER_BYTES = 3 * STRIP_BYTES
+
+    def __init__(self, plan: Plan, reader: PartReader, positions: npt.NDArray[np.int64]) -> None:
+        self.compared_bytes = self.tiles = self.differing = 0
+        self.first: Difference | None = None
+        self._plan = plan
+        self._reader = reader
+        self._positions = positions
+        self._lock = threading.Lock()
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        position = int(self._positions[tensor])
+        made = np.frombuffer(buffer, np.uint8)
+        for start in range(0, len(made), STRIP_BYTES):
+            expected = made[start : start + STRIP_BYTES]
+            with self._reader.view(position, offset + start, len(expected)) as found:
+                if not np.array_equal(expected, found):
+                    self._note(tensor, offset + start, expected, found)
+        with self._lock:
+            self.compared_bytes += len(made)
+            self.tiles += 1
+
+    def _note(self, tensor: int, offset: int, expected: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]) -> None:
+        itemsize = self._plan.out_dtype(tensor).itemsize
+        wrong = np.flatnonzero((expected != found).reshape(-1, itemsize).any(axis=1))
+        element = slice(int(wrong[0]) * itemsize, (int(wrong[0]) + 1) * itemsize)
+        here = Difference(
+            tensor, offset // itemsize + int(wrong[0]), expected[element].tobytes(), found[element].tobytes()
+        )
+        with self._lock:
+            self.differing += len(wrong)
+            self.first = here if self.first is None else min(self.first, here)

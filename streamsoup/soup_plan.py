@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.ranks import Ranks
 from streamsoup.read import choose_mode
 from streamsoup.recipe import Recipe
-from streamsoup.workspace import check_destination, destination_of
+from streamsoup.workspace import Destination, check_destination, destination_of
 
 
 def parameters_of(recipe: Recipe) -> Parameters:
@@ -67,10 +68,49 @@ def plan_soup(
 def _plan(
     recipe: Recipe, out: str | Path | None, execution: Execution, *, resuming: bool = False, local_ranks: int = 1
 ) -> tuple[Plan, Execution]:
-    """Plan; returns what was chosen where nothing was asked for, too."""
+    """Open, plan, and check where the soup is to go; see `plan_opened`."""
     destination = None if out is None else destination_of(out)
-    method = method_of(recipe)
     checkpoints = open_ingredients(recipe)
+    plan, settled = plan_opened(recipe, checkpoints, destination, execution, local_ranks=local_ranks)
+    if destination is not None:
+        check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
+    return plan, settled
+
+
+def plan_opened(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    destination: Destination | None,
+    execution: Execution,
+    *,
+    local_ranks: int = 1,
+    worker_bytes: int = 0,
+) -> tuple[Plan, Execution]:
+    """Plan with checkpoints that are open already, wherever the soup may go.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    checkpoints : sequence of Checkpoint
+        The recipe's.
+    destination : Destination or None
+    execution : Execution
+    local_ranks : int
+        Processes on this machine, which share its cores and memory.
+    worker_bytes : int
+        What a thread that writes tiles holds beside them.
+
+    Returns
+    -------
+    plan : Plan
+    settled : Execution
+        With what was chosen where nothing was asked for.
+
+    Raises
+    ------
+    StreamsoupError
+    """
+    method = method_of(recipe)
     names = checkpoints[0].table.names
     method, touched = select(method, recipe.include, recipe.exclude, names)
     touched = [*touched, *parameters_of(recipe).touched(names)]
@@ -92,13 +132,12 @@ def _plan(
         shard_bytes=recipe.shard_bytes,
         file_name=destination.path.name if destination and destination.is_file else None,
         budget_bytes=settled.budget_bytes,
+        reserved_bytes=worker_bytes * means["workers"],
         touched=touched,
         accumulate=recipe.accumulate,
         notes=(*adapter_notes(checkpoints), *remarks_of(checkpoints)),
         **means,
     )
-    if destination is not None:
-        check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
     return plan, settled
 
 

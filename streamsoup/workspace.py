@@ -56,6 +56,10 @@ class Destination:
         """What the names of files beside a single file begin with."""
         return self.path.name.removesuffix(FILE_SUFFIX)
 
+    def beside(self, name: str) -> Path:
+        """Where a file lies beside the finished weights; beside a single file it has that one's name in front."""
+        return self.path.with_name(f"{self.companion_stem}.{name}") if self.is_file else self.path / name
+
 
 def destination_of(out: str | Path) -> Destination:
     """Make a destination of what a person wrote."""
@@ -88,7 +92,7 @@ def check_destination(
         _refuse_touching(destination.partial, checkpoint)
     if destination.is_file and not overwrite and not resuming:
         for name in (MANIFEST_NAME, RECIPE_NAME, *beside):
-            if os.path.lexists(file := path.with_name(f"{destination.companion_stem}.{name}")):
+            if os.path.lexists(file := destination.beside(name)):
                 raise DestinationError(f"{file}: exists already. Choose another place, or give --overwrite.")
     if not os.path.lexists(path):
         return
@@ -316,11 +320,8 @@ class Workspace:
 
     def read_manifest(self) -> dict[str, Any]:
         """Return the manifest of the soup at the destination; empty if there is none."""
-        target = self.destination.path
-        beside = f"{self.destination.companion_stem}.{MANIFEST_NAME}"
-        path = target.with_name(beside) if self.destination.is_file else target / MANIFEST_NAME
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(self.destination.beside(MANIFEST_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return manifest if isinstance(manifest, dict) else {}

@@ -23,11 +23,11 @@ FLOORS = """
     windows read storage write backends companions outcome
     tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
-    making soup_plan
+    making soup_plan made sampling
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
     greedy_loop greedy_cook
-    picture sweeping sliding converting
+    picture sweeping sliding converting verifying
     comparison_figures comparison_gathering
     learning comparison bench
     comparison_pictures comparison_page
@@ -161,6 +161,7 @@ PUBLIC = [
     "RunningSoup",
     "SoupResult",
     "StreamsoupError",
+    "Verification",
     "__version__",
     "compare",
     "convert",
@@ -174,6 +175,7 @@ PUBLIC = [
     "sliding_averages",
     "soup",
     "sweep",
+    "verify",
 ]
 
 

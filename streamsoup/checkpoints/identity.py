@@ -137,7 +137,9 @@ def identity_key(identity: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def expect_identity(checkpoint: Checkpoint, expected: list[dict[str, Any]], *, what: str) -> None:
+def expect_identity(
+    checkpoint: Checkpoint, expected: Sequence[Mapping[str, Any]], *, what: str, otherwise: str = "restart"
+) -> None:
     """Check that an ingredient is what was written down.
 
     A copy in another place, with another inode or time but the same bytes, passes.
@@ -150,12 +152,13 @@ def expect_identity(checkpoint: Checkpoint, expected: list[dict[str, Any]], *, w
     found = identity_to_json(identify(checkpoint))
     if len(found) != len(expected):
         raise ChangedIngredientError(
-            f"{checkpoint.path}: {len(found)} shards, but {len(expected)} when {what}. Restart from the beginning."
+            f"{checkpoint.path}: {len(found)} shards, but {len(expected)} when {what}. Put the old files back, or "
+            f"{otherwise}."
         )
     for now, then in zip(found, expected, strict=True):
         for field in ("size_bytes", "header_sha256", "sampled_blake2b"):
             if now[field] != then[field]:
                 difference = {"size_bytes": "size", "header_sha256": "header", "sampled_blake2b": "data"}[field]
                 raise ChangedIngredientError(
-                    f"{now['path']}: its {difference} changed since {what}. Put the old file back, or restart."
+                    f"{now['path']}: its {difference} changed since {what}. Put the old file back, or {otherwise}."
                 )

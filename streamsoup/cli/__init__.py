@@ -12,7 +12,7 @@ from streamsoup._version import __version__
 from streamsoup.cli import guard
 
 _SHARED = ("soup", "mergekit", "convert")  # what several ranks do together
-_COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "bench", "convert")
+_COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "bench", "convert", "verify")
 _DESCRIPTION = """\
 Average the weights of many fine-tuned checkpoints of one network into one (a model soup), tile by tile, in memory that
 depends on neither their number nor their size."""
