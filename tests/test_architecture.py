@@ -1,12 +1,10 @@
-"""Imports point one way, the public names are pinned, and no top-level module named kernels is ever installed."""
+"""Imports point one way, and the public names are pinned."""
 
 from __future__ import annotations
 
 import ast
 import re
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -206,53 +204,3 @@ def test_nothing_in_the_repository_names_a_machine():
         if path.is_file() and path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ""}:
             found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
             assert found is None, f"{name}: {found and found[0]}"
-
-
-# -- packaging ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tracked and untracked sources, so that nothing is written beside them."""
-    import shutil
-
-    source = tmp_path_factory.mktemp("source")
-    for name in ("streamsoup", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    out = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (path,) = out.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()
-
-
-def test_wheel_holds_the_kernels_inside_the_package_and_no_top_level_kernels(wheel):
-    tops = {name.split("/")[0] for name in wheel}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"streamsoup"}
-    for file in (ROOT / "kernels").glob("*.py"):
-        assert f"streamsoup/kernels/{file.name}" in wheel
-
-
-def test_wheel_holds_every_module_types_and_licence(wheel):
-    for path in modules():
-        assert f"streamsoup/{path.relative_to(PACKAGE).as_posix()}" in wheel
-    assert "streamsoup/py.typed" in wheel
-    assert any(name.endswith("LICENSE") for name in wheel)
-    assert not [name for name in wheel if "tests" in name.split("/")]
-
-
-def test_no_top_level_kernels_can_be_imported_from_an_installation(tmp_path):
-    """Outside the checkout, `import kernels` must not find ours."""
-    script = (
-        "import importlib.util as u, streamsoup.kernels as k\n"
-        "spec = u.find_spec('kernels')\n"
-        "assert spec is None or spec.origin != k.__file__, spec"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
