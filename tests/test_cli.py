@@ -12,7 +12,6 @@ import pytest
 from factory import SHAPES, fine_tunes, read_checkpoint, realistic, same_bits, weights_bytes, write_checkpoint
 
 import streamsoup
-from streamsoup.cli import build_parser
 from streamsoup.cli.soup import _split_weight
 from streamsoup.units import parse_bytes
 
@@ -445,14 +444,6 @@ def test_a_path_that_exists_keeps_its_colon(tmp_path, monkeypatch):
     (tmp_path / "step:100").mkdir()
     assert _split_weight("step:100") == ("step:100", None)
     assert _split_weight("step:100:2") == ("step:100", 2.0)
-
-
-def test_every_option_has_help():
-    parser = build_parser()
-    (commands,) = (a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
-    for name, command in commands.choices.items():
-        for action in command._actions:
-            assert action.help or action.dest in ("checkpoints", "ingredients"), f"{name} {action.dest}"
 
 
 def test_sizes_on_the_command_line_are_sizes():

@@ -10,9 +10,10 @@ from importlib import import_module
 
 from streamsoup._version import __version__
 from streamsoup.cli import guard
+from streamsoup.cli.pages import PageFormatter
 
 _SHARED = ("soup", "mergekit", "convert")  # what several ranks do together
-_COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "bench", "convert", "verify")
+_COMMANDS = ("soup", "mergekit", "greedy", "learn", "inspect", "convert", "verify", "bench", "completion")
 _DESCRIPTION = """\
 Average the weights of many fine-tuned checkpoints of one network into one (a model soup), tile by tile, in memory that
 depends on neither their number nor their size."""
@@ -23,7 +24,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="streamsoup",
         description=_DESCRIPTION,
-        epilog="Run `streamsoup COMMAND --help` for the options of a command.",
+        epilog="Run `streamsoup COMMAND --help` for the page of a command.",
+        formatter_class=PageFormatter,
     )
     parser.add_argument("--version", action="version", version=f"streamsoup {__version__}")
     parser.set_defaults(rank=None)  # of several processes; see `main`

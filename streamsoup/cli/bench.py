@@ -9,51 +9,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
+from streamsoup.cli.pages import add_command, epilog
 from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.bench import BenchReport
     from streamsoup.bench.report import DeviceFigures, EngineFigures
 
-_EXAMPLES = """\
-examples:
-  streamsoup bench                                                       ceilings, and eight small ViTs
-  streamsoup bench --preset vit-g --cold --dir /scratch --json out.json --plot out.png
-  streamsoup bench --ingredients-from runs/*                             checkpoints of your own, which are only read
-
-Files are made in a temporary folder and removed at the end. Rates are in 10^9 bytes a second.
-"""
+_DESCRIPTION = """\
+Measure what memory, page cache and disk give at best, then average checkpoints and say which of these ceilings the
+engine met, and how closely. Rates are in 10^9 bytes a second."""
+_EXAMPLES = (
+    ("Ceilings, and eight small ViTs", "streamsoup bench"),
+    ("Larger ones from a cold disk", "streamsoup bench --preset vit-g --cold --dir /scratch --plot bench.png"),
+    ("Checkpoints of your own, which are only read", "streamsoup bench --ingredients-from runs/*"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench",
-        help="measure this machine's memory and disk, and the engine against them",
-        description="Measure what memory, page cache and disk give at best, then average checkpoints and say which of\n"
-        "these ceilings the engine met, and how closely.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("[option ...]", "--ingredients-from CHECKPOINT ... [option ...]"),
+        purpose="measure this machine's memory and disk, and the engine against them",
+        description=_DESCRIPTION,
+        below=epilog(
+            files={"DIR/": "of --dir: checkpoints are made in a folder there, which is removed at the end"},
+            examples=_EXAMPLES,
+        ),
     )
     what = parser.add_argument_group("what to average")
     what.add_argument(
-        "--preset", metavar="NAME", help="vit-b32 (default), vit-l14, vit-g, llama-7b or moe-many-tensors"
+        "--preset", metavar="NAME", help="vit-b32, vit-l14, vit-g, llama-7b or moe-many-tensors (default: vit-b32)"
     )
-    what.add_argument("--ingredients", type=int, metavar="N", help="how many checkpoints (default: 8)")
+    what.add_argument("--ingredients", type=int, metavar="N", help="how many checkpoints to make (default: 8)")
     what.add_argument("--dtype", choices=("bf16", "f16", "f32"), help="their dtype (default: bf16)")
-    what.add_argument("--ingredients-from", nargs="+", metavar="CHECKPOINT", help="checkpoints of your own instead")
-    how = parser.add_argument_group("how")
+    what.add_argument(
+        "--ingredients-from", nargs="+", metavar="CHECKPOINT", help="checkpoints of your own, instead of made ones"
+    )
+    how = parser.add_argument_group("how to measure")
     how.add_argument("--cold", action="store_true", help="drop the checkpoints from the page cache before each run")
     how.add_argument("--dir", metavar="DIR", help="where files are made (default: the system's temporary folder)")
     how.add_argument("--repeats", type=int, metavar="N", help="measurements of each figure (default: 5, the least)")
-    how.add_argument("--budget", metavar="SIZE", help="as in `streamsoup soup`")
-    how.add_argument("--device", help="as in `streamsoup soup`; copies to and from it are measured, too (default: cpu)")
-    how.add_argument("--device-budget", metavar="SIZE", help="as in `streamsoup soup`")
+    how.add_argument(
+        "--budget", metavar="SIZE", help="memory to own (default: a quarter of what is free, at most 2GiB)"
+    )
+    how.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="as in `streamsoup soup`; copies to and from it are measured, too (default: cpu)",
+    )
+    how.add_argument(
+        "--device-budget", metavar="SIZE", help="memory of each GPU to use (default: half of what is free there)"
+    )
     how.add_argument("--threads", type=int, metavar="N", help="worker threads (default: the cores)")
     show = parser.add_argument_group("what to show")
     show.add_argument("--json", metavar="FILE", help="write all figures; - prints them instead of the table")
     show.add_argument("--plot", metavar="FILE", help="draw them as PNG, SVG or PDF")
-    show.add_argument("--quiet", action="store_true", help="print no progress")
+    show.add_argument("--quiet", action="store_true", help="show no progress")
     show.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.set_defaults(run=run, guarded=True)
 

@@ -26,14 +26,15 @@ _MOST_LAYERS = 5
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a comparison."""
-    group = parser.add_argument_group("compare their numbers (each byte is read once)")
+    group = parser.add_argument_group("comparing their numbers (each byte is read once)")
+    group.add_argument("--compare", action="store_true", help="compare their numbers, and not their headers alone")
     group.add_argument(
-        "--compare", action="store_true", help="norms, distances, cosines, sign conflicts, duplicates, NaN"
+        "--base",
+        metavar="CHECKPOINT",
+        help="what they were fine-tuned from: differences are from it (default: from their mean)",
     )
-    group.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from: differences are from it")
     group.add_argument("--html", metavar="FILE", help="write a page with pictures, which needs nothing but itself")
     add_running_options(group)
-    group.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def refuse_options(args: argparse.Namespace) -> None:

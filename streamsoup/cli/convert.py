@@ -6,45 +6,58 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import soup
-from streamsoup.cli.options import add_execution_options
+from streamsoup.cli.options import add_execution_options, add_shard_size
+from streamsoup.cli.pages import add_command, epilog
 from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.recipe import Recipe
 
-_EXAMPLES = """\
-examples:
-  streamsoup convert run/ out/ --shard-size 2GB       other shards
-  streamsoup convert run/ out/ --dtype bfloat16       another dtype
-  streamsoup convert run/ out.safetensors             one file
-  streamsoup convert --resume out/                    go on after an interruption
-"""
+_DESCRIPTION = """\
+Write a checkpoint as safetensors, in other shards or another dtype. Tensors whose dtype stays are copied bit for bit;
+others are rounded once, to nearest even. It is made like a soup of one checkpoint: under a memory budget, atomically,
+and an interrupted conversion can be resumed."""
+_EXAMPLES = (
+    ("Write other shards", "streamsoup convert run/ out/ --shard-size 2GB"),
+    ("Write another dtype", "streamsoup convert run/ out/ --dtype bfloat16"),
+    ("Write one file", "streamsoup convert run/ out.safetensors"),
+    ("Go on after an interruption", "streamsoup convert --resume out/"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
-        help="write a checkpoint in other shards, another dtype, or as safetensors",
-        description="Write a checkpoint in other shards or another dtype, as safetensors.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("SOURCE OUT [option ...]", "--resume OUT [option ...]"),
+        purpose="write a checkpoint in other shards, another dtype, or as safetensors",
+        description=_DESCRIPTION,
+        below=epilog(
+            files={
+                "OUT/*.safetensors": "the checkpoint; with an index if there are several",
+                "OUT/streamsoup.json, OUT/recipe.yaml": "what it was made of, for `streamsoup verify`",
+                "OUT/README.md, OUT/config.json ...": "the source's, with the new dtype in config.json",
+                "OUT.partial/": "unfinished work and its journal: kept after a failure, removed at the end",
+            },
+            examples=_EXAMPLES,
+        ),
     )
     parser.add_argument(
         "ingredients", nargs="?", metavar="SOURCE", help="anything that can be an ingredient of `streamsoup soup`"
     )
     parser.add_argument("output", nargs="?", metavar="OUT", help="a new folder, or a .safetensors file")
     what = parser.add_argument_group("what to make")
-    what.add_argument("--dtype", help="float dtype of the output (default: that of each tensor)")
-    what.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
+    what.add_argument(
+        "--dtype", metavar="DTYPE", help="float dtype of the output, such as bfloat16 (default: that of each tensor)"
+    )
+    add_shard_size(what)
     what.add_argument(
         "--nonfinite",
         choices=("keep", "error", "warn", "allow"),
-        help="NaN or infinity in a tensor whose dtype changes: keep (default) counts them in one note, and refuses "
-        "numbers that are too large for the new dtype; error refuses both, warn names all, allow says nothing",
+        help="NaN or infinity in a tensor whose dtype changes: keep counts them in one note, and refuses numbers that "
+        "are too large for the new dtype; error refuses both, warn names all, allow says nothing (default: keep)",
     )
-    what.add_argument("--resume", metavar="OUT", help="go on with an interrupted conversion")
-    what.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
     add_execution_options(parser)
     parser.set_defaults(
         run=soup.run,

@@ -11,96 +11,135 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.greedy_printing import Table, print_forecast, print_result
 from streamsoup.cli.guard import UsageError
-from streamsoup.cli.options import add_running_options
+from streamsoup.cli.options import add_dtype, add_output_options, add_overwrite, add_running_options
+from streamsoup.cli.pages import SOUP_FILES, add_command, add_showing_options, epilog
 from streamsoup.cli.progress import make_progress
 from streamsoup.units import parse_bytes
 
 if TYPE_CHECKING:
     from streamsoup.greedy_job import GreedyJob
 
-_EXAMPLES = """\
-examples:
-  streamsoup greedy runs/* --score "python eval.py --model {soup}" -o soup/
-  streamsoup greedy runs/* --score "..." --metric accuracy --order scores.json --workdir work/ -o soup/
-  streamsoup greedy runs/* --score "..." --prune -o soup/          start from all, drop what does not help
-  streamsoup greedy --resume work/                                 go on after an interruption
-
-The score is the last line that the command prints, or with --metric a key of JSON that it prints last (or writes to
-{result}). {soup} is a checkpoint folder (a file, where the ingredients are files), {soup_file} its one .safetensors
-file. With --jobs several commands run at once; each may choose its device by STREAMSOUP_JOB, which is 0, 1 ...:
-  --jobs 4 --score 'sh -c "CUDA_VISIBLE_DEVICES=$STREAMSOUP_JOB exec python eval.py --model $0" {soup}'
-"""
+_DESCRIPTION = """\
+Sort checkpoints by held-out score, and keep each one whose addition does not lower the soup's. A trial reads one
+checkpoint and the running sum, whatever was kept before. Scores and decisions are kept as they come, so that an
+interrupted run evaluates nothing twice."""
+_COMMAND = """\
+  The score is the last line that the command prints, or with --metric a key of JSON that it prints last (or writes to
+  {result}). {soup} stands for a checkpoint folder (a file, where the ingredients are files), {soup_file} for its one
+  .safetensors file. With --jobs several commands run at once; each finds its number, from 0 on, in STREAMSOUP_JOB, by
+  which it may choose its device."""
+_EXAMPLES = (
+    ("Keep what helps", 'streamsoup greedy runs/* --score "python eval.py {soup}" -o soup/'),
+    ("Decide by a key of JSON", 'streamsoup greedy runs/* --score "..." --metric accuracy -o soup/'),
+    ("Begin with scores that are known", 'streamsoup greedy runs/* --score "..." --order scores.json -o soup/'),
+    ("Start from all, and drop what does not help", 'streamsoup greedy runs/* --score "..." --prune -o soup/'),
+    (
+        "Score four at once, each on its own GPU",
+        "streamsoup greedy runs/* -o soup/ --jobs 4 --score \\\n"
+        "      'sh -c \"CUDA_VISIBLE_DEVICES=$STREAMSOUP_JOB exec python e.py $0\" {soup}'",
+    ),
+    ("Go on after an interruption", "streamsoup greedy --resume work/"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "greedy",
-        help="average those checkpoints that help, by a held-out score",
-        description="Sort checkpoints by held-out score, and keep each one whose addition does not lower the\n"
-        "soup's. A trial reads one checkpoint and the running sum, whatever was kept before.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("CHECKPOINT ... --score COMMAND -o OUT [option ...]", "--resume WORKDIR [option ...]"),
+        purpose="average those checkpoints that help, by a held-out score",
+        description=_DESCRIPTION,
+        below=epilog(
+            the_command=_COMMAND,
+            files={
+                **SOUP_FILES,
+                "OUT/decisions.json": "what was tried, scored and kept",
+                "OUT.work/": "scores, decisions and running sums (or --workdir): kept after a failure",
+            },
+            examples=_EXAMPLES,
+        ),
     )
-    parser.add_argument("ingredients", nargs="*", metavar="CHECKPOINT", help="as in `streamsoup soup`")
-    parser.add_argument("-o", "--output", metavar="OUT", help="a new folder for the soup")
-    parser.add_argument("--resume", metavar="WORKDIR", help="go on with an interrupted run")
+    parser.add_argument("ingredients", nargs="*", metavar="CHECKPOINT", help="as in `streamsoup soup`, without weights")
+    parser.add_argument("-o", "--output", metavar="OUT", help="a new folder for the soup, or a .safetensors file")
     _add_scoring(parser.add_argument_group("scoring"))
     _add_rule(parser.add_argument_group("deciding"))
     how = parser.add_argument_group("how to make it")
+    how.add_argument("--resume", metavar="WORKDIR", help="go on with the interrupted run of that work folder")
     how.add_argument("--workdir", metavar="DIR", help="for scores and sums (default: OUT.work, removed at the end)")
     how.add_argument("--candidates", metavar="DIR", help="for candidates, such as a RAM disk (default: in the workdir)")
-    how.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    add_dtype(how)
     how.add_argument("--sums-dtype", choices=("float64", "float32"), help="of running sums (default: float64)")
     how.add_argument(
-        "--sums", choices=("auto", "device", "host", "disk"), help="where running sums are kept (default: by room)"
+        "--sums",
+        choices=("auto", "device", "host", "disk"),
+        help="where running sums are kept (default: auto, by room)",
     )
-    how.add_argument("--shard-size", metavar="SIZE", help="largest output file (default: 5GB)")
-    how.add_argument("--buffers", choices=("identical", "first"), help="as in `streamsoup soup`")
-    how.add_argument("--nonfinite", choices=("error", "warn", "allow"), help="as in `streamsoup soup`")
+    add_output_options(how)
     add_running_options(how)
-    how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
+    add_overwrite(how)
     show = parser.add_argument_group("what to show")
-    show.add_argument("--plot", metavar="FILE", help="draw the run as PNG or SVG")
+    show.add_argument("--plot", metavar="FILE", help="draw the run as PNG, SVG or PDF")
     show.add_argument("--dry-run", action="store_true", help="print what it will need, and score nothing")
-    show.add_argument("--json", action="store_true", help="print the result as JSON")
-    show.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    add_showing_options(show)
     parser.set_defaults(run=run, guarded=True, on_death=after_death)
 
 
 def _add_scoring(group: Any) -> None:
     group.add_argument("--score", metavar="COMMAND", help="command that scores a checkpoint")
-    group.add_argument("--metric", metavar="KEY", help="key (dotted path) of the JSON that decides")
-    group.add_argument("--also", metavar="KEY", action="append", help="further key to record; may be repeated")
-    group.add_argument("--minimize", action="store_true", help="lower is better")
-    group.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
+    group.add_argument(
+        "--metric",
+        metavar="KEY",
+        help="key (dotted path) of the JSON that decides (default: the last line is the score)",
+    )
+    group.add_argument(
+        "--also", metavar="KEY", action="append", help="further key to record; may be repeated (default: none)"
+    )
+    group.add_argument("--minimize", action="store_true", help="a lower score is better")
+    group.add_argument(
+        "--score-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="longest that one evaluation may take (default: no limit)",
+    )
     group.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="score the next N candidates at once, with the same decisions (default: 1); a command finds 0 to N-1 in "
-        "STREAMSOUP_JOB",
+        help="score the next N candidates at once, with the same decisions; a command finds 0 to N-1 in STREAMSOUP_JOB "
+        "(default: 1)",
     )
-    group.add_argument("--before-score", metavar="COMMAND", help="run on each candidate first (BatchNorm statistics)")
+    group.add_argument(
+        "--before-score",
+        metavar="COMMAND",
+        help="run on each candidate first, such as for BatchNorm statistics (default: none)",
+    )
 
 
 def _add_rule(group: Any) -> None:
     group.add_argument(
-        "--accept", choices=("ge", "gt"), help="keep what does not lower the score (ge, default) or only what raises it"
+        "--accept",
+        choices=("ge", "gt"),
+        help="keep what does not lower the score, or only what raises it (default: ge)",
     )
-    group.add_argument("--tolerance", type=float, metavar="X", help="how far below still counts as not lower")
+    group.add_argument(
+        "--tolerance", type=float, metavar="X", help="how far below still counts as not lower (default: 0)"
+    )
     group.add_argument(
         "--order",
         metavar="HOW",
-        help="score (default), given, random, or a JSON or CSV file with the checkpoints' own scores",
+        help="try them by score, as given, at random, or by a JSON or CSV file with their own scores (default: score)",
     )
     group.add_argument("--as-given", action="store_true", help="take equal scores in the order of the arguments")
-    group.add_argument("--seed", type=int, metavar="N", help="of a random order")
-    group.add_argument("--max-ingredients", type=int, metavar="N", help="most that may be kept")
+    group.add_argument("--seed", type=int, metavar="N", help="of a random order (default: 0)")
+    group.add_argument("--max-ingredients", type=int, metavar="N", help="most that may be kept (default: all)")
     group.add_argument("--prune", action="store_true", help="start from all, and drop what does not help")
-    group.add_argument("--rounds", type=int, metavar="N", help="go through the list so often; one may enter again")
-    group.add_argument("--restarts", type=int, metavar="N", help="further runs in random order; the best wins")
+    group.add_argument(
+        "--rounds", type=int, metavar="N", help="go through the list so often; one may enter again (default: 1)"
+    )
+    group.add_argument(
+        "--restarts", type=int, metavar="N", help="further runs in random order; the best wins (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,36 +8,43 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import compare
+from streamsoup.cli.pages import EXIT_STATUS, add_command, add_showing_options, epilog
 from streamsoup.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from streamsoup.checkpoints import Checkpoint
 
-_EXAMPLES = """\
-examples:
-  streamsoup inspect runs/a                what is in it
-  streamsoup inspect runs/a --tensors      ... tensor by tensor
-  streamsoup inspect runs/*                do they fit together, and if not, where
-  streamsoup inspect --compare runs/* --base start --html report.html
-                                           how far apart are they, and where do they disagree
-"""
+_DESCRIPTION = """\
+Show what is in checkpoints, from their headers alone; of several, whether they fit together and, if not, where. With
+--compare, what their numbers are like: norms, distances, cosines, sign conflicts, duplicates, NaN."""
+_EXAMPLES = (
+    ("Show what is in a checkpoint", "streamsoup inspect runs/a"),
+    ("... tensor by tensor", "streamsoup inspect runs/a --tensors"),
+    ("Do they fit together, and if not, where", "streamsoup inspect runs/*"),
+    ("How far apart are they, and where do they disagree", "streamsoup inspect --compare runs/* --base start"),
+    ("The same as a page with pictures", "streamsoup inspect --compare runs/* --html report.html"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "inspect",
-        help="show what is in checkpoints, and whether they fit together",
-        description="Show what is in checkpoints, from their headers alone; with several, whether they fit together "
-        "(exit code 1 if not). With --compare, what their numbers are like.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("CHECKPOINT ... [option ...]", "--compare CHECKPOINT ... [option ...]"),
+        purpose="show what is in checkpoints, and whether they fit together",
+        description=_DESCRIPTION,
+        below=epilog(
+            exit_status={**EXIT_STATUS, "1": "they do not fit together, or an error"},
+            files={"FILE": "of --html: a page that needs nothing but itself"},
+            examples=_EXAMPLES,
+        ),
     )
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="as in `streamsoup soup`")
     compare.add_options(parser)
+    show = parser.add_argument_group("what to show")
+    show.add_argument("--tensors", action="store_true", help="list every tensor")
+    add_showing_options(show, quiet="show no progress")
     parser.set_defaults(run=run, guarded=True)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
-from streamsoup.cli.options import add_output_options, add_running_options
+from streamsoup.cli.options import add_dtype, add_output_options, add_overwrite, add_running_options
+from streamsoup.cli.pages import SOUP_FILES, add_command, add_showing_options, epilog
 from streamsoup.cli.printing import on_device
 from streamsoup.cli.progress import make_progress
 from streamsoup.cli.tables import table
@@ -22,18 +23,19 @@ from streamsoup.units import format_binary, format_bytes, format_seconds, parse_
 if TYPE_CHECKING:
     from streamsoup.learning import LearnResult, StepRecord
 
-_EXAMPLES = """\
-examples:
-  streamsoup learn runs/* --task mine.tasks:imagenet -o soup/
-  streamsoup learn runs/* --task mine.tasks:imagenet --by layer --lr 0.05 --epochs 5 --weight-decay 0 -o soup/
-  streamsoup learn runs/* --task mine.tasks:imagenet --init greedy/ --restrict -o soup/    polish a greedy soup
-
-The same command again goes on where an interrupted run ended.
-
-A task is a Python object with the attributes module (the network), loss (a function of logits and targets) and batches
-(pairs of inputs and targets); and, if you like, held_out (batches by which the best epoch is chosen) and forward (a
-function of the network and inputs). Or a function without arguments that makes one.
-"""
+_DESCRIPTION = """\
+Learn how much of each checkpoint goes into the soup, by gradient descent on held-out data. A step takes the network's
+gradient and one pass over the checkpoints, which are never held. The same command again goes on where an interrupted
+run ended."""
+_TASK = """\
+  A Python object with the attributes module (the network), loss (a function of logits and targets) and batches (pairs
+  of inputs and targets); and, if you like, held_out (batches by which the best epoch is chosen) and forward (a function
+  of the network and inputs). Or a function without arguments that makes one."""
+_EXAMPLES = (
+    ("One coefficient for each checkpoint", "streamsoup learn runs/* --task mine:task -o soup/"),
+    ("Coefficients for each layer", "streamsoup learn runs/* --task mine:task --by layer --lr 0.05 -o soup/"),
+    ("Polish a greedy soup", "streamsoup learn runs/* --task mine:task --init greedy/ --restrict -o soup/"),
+)
 _MOST_COLUMNS = 12
 _BAR = 30
 _OF_JOB = ("parametrisation", "optimizer", "lr", "weight_decay", "epochs", "accumulate", "seed", "patience", "dtype")
@@ -41,52 +43,72 @@ _OF_JOB = ("parametrisation", "optimizer", "lr", "weight_decay", "epochs", "accu
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "learn",
-        help="learn mixing coefficients on held-out data",
-        description="Learn how much of each checkpoint goes into the soup, by gradient descent on held-out data. A\n"
-        "step takes the network's gradient and one pass over the checkpoints, which are never held.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("CHECKPOINT ... --task MODULE:OBJECT -o OUT [option ...]",),
+        purpose="learn mixing coefficients on held-out data",
+        description=_DESCRIPTION,
+        below=epilog(
+            task=_TASK,
+            files={
+                **SOUP_FILES,
+                "OUT/learned.json": "coefficients and losses of each step",
+                "OUT.work/": "the state after each step (or --workdir): kept after a failure",
+            },
+            examples=_EXAMPLES,
+        ),
     )
-    parser.add_argument("ingredients", nargs="*", metavar="CHECKPOINT", help="as in `streamsoup soup`")
+    parser.add_argument("ingredients", nargs="*", metavar="CHECKPOINT", help="as in `streamsoup soup`, without weights")
     parser.add_argument("-o", "--output", metavar="OUT", help="a new folder (or a .safetensors file) for the soup")
     parser.add_argument("--task", metavar="MODULE:OBJECT", help="network, loss and batches: see below")
     _add_learning(parser.add_argument_group("learning"))
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--workdir", metavar="DIR", help="keeps each step (default: OUT.work, removed at the end)")
+    how.add_argument("--workdir", metavar="DIR", help="where each step is kept (default: OUT.work, removed at the end)")
     how.add_argument("--restart", action="store_true", help="throw away what was learned by an earlier run")
-    how.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
+    add_dtype(how)
     add_output_options(how)
     add_running_options(how)
-    how.add_argument("--overwrite", action="store_true", help="replace a soup that exists")
-    how.add_argument("--as-given", action="store_true", help="keep the order of the arguments")
+    add_overwrite(how)
+    how.add_argument(
+        "--as-given", action="store_true", help="keep the order of the arguments, even if it is alphabetical"
+    )
     show = parser.add_argument_group("what to show")
-    show.add_argument("--plot", metavar="FILE", help="draw coefficients and loss as PNG or SVG")
+    show.add_argument("--plot", metavar="FILE", help="draw coefficients and loss as PNG, SVG or PDF")
     show.add_argument("--dry-run", action="store_true", help="print what it will take, and learn nothing")
-    show.add_argument("--json", action="store_true", help="print the result as JSON")
-    show.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    add_showing_options(show)
     parser.set_defaults(run=run, guarded=True, on_death=after_death)
 
 
 def _add_learning(group: Any) -> None:
-    group.add_argument("--by", choices=("model", "layer", "tensor"), help="what has coefficients of its own")
     group.add_argument(
-        "--group", metavar="PATTERN", action="append", help="tensors with coefficients of their own; may be repeated"
+        "--by", choices=("model", "layer", "tensor"), help="what has coefficients of its own (default: model)"
     )
-    group.add_argument("--parametrisation", choices=("softmax", "free"), help="softmax (default): positive, sum is one")
+    group.add_argument(
+        "--group",
+        metavar="PATTERN",
+        action="append",
+        help="tensors with coefficients of their own; may be repeated (default: by --by)",
+    )
+    group.add_argument(
+        "--parametrisation",
+        choices=("softmax", "free"),
+        help="softmax: positive, and their sum is one; free: any (default: softmax)",
+    )
     group.add_argument("--no-temperature", action="store_true", help="do not learn a factor for the logits")
     group.add_argument("--init", metavar="SOUP", help="begin at this soup's weights (default: uniform)")
     group.add_argument("--restrict", action="store_true", help="leave out checkpoints that --init does without")
-    group.add_argument("--optimizer", choices=("adamw", "adam", "sgd"), help="default: adamw")
+    group.add_argument("--optimizer", choices=("adamw", "adam", "sgd"), help="of the coefficients (default: adamw)")
     group.add_argument("--lr", type=float, metavar="X", help="learning rate (default: 0.1)")
-    group.add_argument("--weight-decay", type=float, metavar="X", help="default: 0")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="how fast coefficients decay (default: 0)")
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the batches (default: 3)")
     group.add_argument("--accumulate", type=int, metavar="N", help="batches to a step (default: 1)")
     group.add_argument("--seed", type=int, metavar="N", help="of the order of batches (default: 0)")
     group.add_argument(
-        "--patience", type=int, metavar="N", help="epochs without a lower held-out loss, after which to stop"
+        "--patience",
+        type=int,
+        metavar="N",
+        help="epochs without a lower held-out loss, after which to stop (default: never stop early)",
     )
 
 

@@ -11,7 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.cli.options import add_execution_options, add_output_options
+from streamsoup.cli.options import add_dtype, add_execution_options, add_output_options, add_quantize
+from streamsoup.cli.pages import SOUP_FILES, add_command, epilog
 from streamsoup.cli.printing import print_plan, print_result
 from streamsoup.units import parse_bytes
 
@@ -21,43 +22,60 @@ if TYPE_CHECKING:
     from streamsoup.plan import Plan
     from streamsoup.recipe import Recipe
 
-_EXAMPLES = """\
-examples:
-  streamsoup soup runs/a runs/b runs/c -o soup/                   uniform average
-  streamsoup soup runs/a:0.7 runs/b:0.3 -o soup/ --dtype bfloat16 weighted average
-  streamsoup soup --coefficients start:-1 a:1 b:1 -o soup/        numbers applied as given
-  streamsoup soup --method ties --base start runs/* -o soup/ -p density=0.3
-  streamsoup soup --recipe recipe.yaml -o soup/                   the same from a file
-  streamsoup soup runs/* -o soup/ --dry-run                       only the plan
-  streamsoup soup --resume soup/                                  go on after an interruption
-"""
+_DESCRIPTION = """\
+Average checkpoints of one network into one, uniformly or by weights, or merge them by another method. Each byte is read
+once, but for large tensors that must be measured first; memory depends on neither the number nor the size of the
+checkpoints. The soup appears whole or not at all, and an interrupted run can be resumed to the same bits."""
+_CHECKPOINTS = """\
+  A checkpoint is a .safetensors file, or a folder with one or with shards and an index; a file of torch.save or a folder
+  of torch.distributed.checkpoint; or base+adapter. See docs/ingredients.md. The first (or the base) gives names, their
+  order, dtypes and configuration files. A list in plain alphabetical order, as a shell leaves it, is put
+  into natural order (run2 before run10); any other order is kept."""
+_EXAMPLES = (
+    ("Average three checkpoints", "streamsoup soup runs/a runs/b runs/c -o soup/"),
+    ("Weigh them, and round to bfloat16", "streamsoup soup runs/a:0.7 runs/b:0.3 -o soup/ --dtype bfloat16"),
+    ("Apply numbers as given", "streamsoup soup --coefficients start:-1 a:1 b:1 -o soup/"),
+    ("Merge by TIES", "streamsoup soup --method ties --base start runs/* -o soup/ -p density=0.3"),
+    ("Make a soup again from its recipe", "streamsoup soup --recipe soup/recipe.yaml -o again/"),
+    ("Print only the plan", "streamsoup soup runs/* -o soup/ --dry-run"),
+    ("Go on after an interruption", "streamsoup soup --resume soup/"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
     from streamsoup.methods.catalogue import describe_methods
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "soup",
-        help="average checkpoints into one",
-        description="Average checkpoints into one, or merge them by another method. Each byte is read once, but for "
-        "large tensors that must be measured first.",
-        epilog=f"{_EXAMPLES}\nmethods (and their parameters):\n{describe_methods()}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=(
+            "CHECKPOINT[:WEIGHT] ... -o OUT [option ...]",
+            "--recipe FILE -o OUT [option ...]",
+            "--resume OUT [option ...]",
+        ),
+        purpose="average checkpoints into one",
+        description=_DESCRIPTION,
+        below=epilog(
+            checkpoints=_CHECKPOINTS,
+            methods_and_their_parameters=describe_methods(),
+            files={
+                **SOUP_FILES,
+                "OUT.partial/": "unfinished work and its journal: kept after a failure, removed at the end",
+            },
+            examples=_EXAMPLES,
+        ),
     )
     parser.add_argument(
         "ingredients",
         nargs="*",
         metavar="CHECKPOINT[:WEIGHT]",
-        help="a .safetensors file or a folder with one or with shards and an index, or PyTorch's files (docs/"
-        "ingredients.md); the first gives config files, names and dtype",
+        help="what to average, each with its weight (default: 1)",
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="a new folder, or a .safetensors file")
     _add_recipe(parser.add_argument_group("what to make"))
     _add_sweep(parser.add_argument_group("trying several values of a parameter"))
     add_execution_options(parser)
-    parser.add_argument("--resume", metavar="OUT", help="go on with an interrupted soup")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and read nothing but headers")
     parser.set_defaults(run=run, recipe_of=_recipe, guarded=True, on_death=after_death, verb="souping")
 
 
@@ -68,7 +86,7 @@ def _add_recipe(group: Any) -> None:
         action="store_true",
         help="do not divide by the sum of the weights: apply them as given",
     )
-    group.add_argument("--method", metavar="NAME", help="how to combine them (default: linear); see below")
+    group.add_argument("--method", metavar="NAME", help="how to combine them, see below (default: linear)")
     group.add_argument("--base", metavar="CHECKPOINT", help="what they were fine-tuned from, for methods that want it")
     group.add_argument(
         "-p",
@@ -76,28 +94,30 @@ def _add_recipe(group: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of the method, such as density=0.3; a list is a gradient over the layers: t=[0,0.5,1]",
+        help="a parameter of the method, such as density=0.3; a list is a gradient over the layers, such as "
+        "t=[0,0.5,1]; may be repeated",
     )
     group.add_argument(
         "--importance",
         nargs="+",
         metavar="CHECKPOINT",
-        help="for method fisher: how much each element of each checkpoint matters",
+        help="for method fisher: checkpoints that say how much each element of each one matters",
     )
     group.add_argument(
         "--include",
         action="append",
         metavar="PATTERN",
-        help="combine only tensors with such names; the others are the first checkpoint's (or the base's)",
+        help="combine only tensors with such names, and take the others from the first checkpoint (or the base); "
+        "may be repeated (default: all)",
     )
-    group.add_argument("--exclude", action="append", metavar="PATTERN", help="do not combine tensors with such names")
-    group.add_argument("--dtype", help="float dtype of the soup (default: the first checkpoint's)")
     group.add_argument(
-        "--quantize",
-        choices=("fp8-block",),
-        help="of one checkpoint, such as a soup: write its linear weights as 8-bit floats with scales in blocks of "
-        "128x128",
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="do not combine tensors with such names; may be repeated (default: none)",
     )
+    add_dtype(group)
+    add_quantize(group)
     add_output_options(group)
     group.add_argument(
         "--accumulate",
@@ -105,7 +125,7 @@ def _add_recipe(group: Any) -> None:
         help="in what sums are kept; float32 is less exact, for GPUs that are slow in float64 (default: float64)",
     )
     group.add_argument(
-        "--as-given", action="store_true", help="keep the order of the arguments (default: run2 before run10)"
+        "--as-given", action="store_true", help="keep the order of the arguments, even if it is alphabetical"
     )
 
 
@@ -113,12 +133,21 @@ def _add_sweep(group: Any) -> None:
     group.add_argument(
         "--sweep",
         metavar="[NAME=]START:STOP:STEP",
-        help="make and score a soup for each value, and keep the best (NAME: alpha, of wise_ft)",
+        help="make and score a soup for each value of a parameter, and keep the best (default NAME: alpha)",
     )
-    group.add_argument("--score", metavar="COMMAND", help="scores a checkpoint, as in `streamsoup greedy`")
-    group.add_argument("--metric", metavar="KEY", help="key of the JSON that it prints")
-    group.add_argument("--minimize", action="store_true", help="lower is better")
-    group.add_argument("--score-timeout", type=float, metavar="SECONDS", help="longest that one evaluation may take")
+    group.add_argument("--score", metavar="COMMAND", help="command that scores a checkpoint, as in `streamsoup greedy`")
+    group.add_argument(
+        "--metric",
+        metavar="KEY",
+        help="key (dotted path) of the JSON that it prints (default: its last line is the score)",
+    )
+    group.add_argument("--minimize", action="store_true", help="a lower score is better")
+    group.add_argument(
+        "--score-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="longest that one evaluation may take (default: no limit)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,31 +9,47 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.options import add_running_options
+from streamsoup.cli.pages import EXIT_STATUS, add_command, add_showing_options, epilog
 from streamsoup.units import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from streamsoup.verifying import Mismatch, Verification
 
-_EXAMPLES = """\
-examples:
-  streamsoup verify soup/                             64 MiB of it, spread over all tensors
-  streamsoup verify soup/ --all                       all of it, and the checkpoints' content digests
-  streamsoup verify soup/ --ingredients /new/runs/*   its checkpoints were moved
-"""
+_DESCRIPTION = """\
+Make a soup again from the recipe that lies in it, all of it or a sample spread over all tensors, and compare it bit for
+bit with what is there. Before that the soup's files are compared with its manifest, and its checkpoints with what they
+were. Nothing is written. Where a method measures tensors, the sample consists of whole ones."""
+_EXAMPLES = (
+    ("Compare 64 MiB, spread over all tensors", "streamsoup verify soup/"),
+    ("Compare all, and the content digests of the checkpoints", "streamsoup verify soup/ --all"),
+    ("Compare with checkpoints that were moved", "streamsoup verify soup/ --ingredients /new/runs/*"),
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
-        help="make a soup again, or a sample of it, and compare bit for bit",
-        description="Make a soup again from its recipe, all of it or a sample, and compare it bit for bit.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("SOUP [option ...]",),
+        purpose="make a soup again, or a sample of it, and compare bit for bit",
+        description=_DESCRIPTION,
+        below=epilog(
+            exit_status={
+                **EXIT_STATUS,
+                "0": "the same, as far as it was compared",
+                "1": "not the same, checkpoints or files that changed, or an error",
+            },
+            files={
+                "SOUP/streamsoup.json, SOUP/recipe.yaml": "what it was made of, and how",
+                "NAME.streamsoup.json, NAME.recipe.yaml": "the same beside a single file NAME.safetensors",
+            },
+            examples=_EXAMPLES,
+        ),
     )
     parser.add_argument("soup", metavar="SOUP", help="a soup folder, or a .safetensors file with its files beside it")
     what = parser.add_argument_group("what to compare")
-    what.add_argument("--all", action="store_true", help="all elements (default: a sample)")
+    what.add_argument("--all", action="store_true", help="compare all elements (default: a sample)")
     what.add_argument("--sample", metavar="SIZE", help="bytes of the soup to compare (default: 64MiB)")
     what.add_argument("--seed", type=int, metavar="N", help="decides which elements are in the sample (default: 0)")
     what.add_argument(
@@ -42,11 +58,9 @@ def add_parser(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="where the soup's checkpoints are now, in the recipe's order, the base first (default: where they were)",
     )
-    add_running_options(parser.add_argument_group("how (changes no bit)"))
+    add_running_options(parser.add_argument_group("how to make it (changes no bit of the result)"))
     show = parser.add_argument_group("what to show")
-    show.add_argument("--json", action="store_true", help="print the result as JSON")
-    show.add_argument("--quiet", action="store_true", help="print nothing but what is wrong")
-    show.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    add_showing_options(show, quiet="print nothing unless something is wrong, and show no progress")
     parser.set_defaults(run=run, guarded=True)
 
 

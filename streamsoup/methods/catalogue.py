@@ -66,7 +66,7 @@ METHODS: dict[str, Entry] = {
     "breadcrumbs": Entry("drop the smallest and the largest, add", NEEDS_BASE, _VECTORS, _OUTLIERS),
     "breadcrumbs_ties": Entry("drop the smallest and the largest, elect signs", NEEDS_BASE, _VECTORS, _OUTLIERS),
     "sce": Entry("select by variance, weigh by size, elect signs", NEEDS_BASE, ("select_topk",), ()),
-    "fisher": Entry("average weighted by importances, one checkpoint of them for each", NO_BASE),
+    "fisher": Entry("average weighted by importances, one of them for each", NO_BASE),
 }
 
 
@@ -76,7 +76,7 @@ def describe_methods() -> str:
     for name, entry in METHODS.items():
         takes = ", ".join((*entry.each, *entry.shared))
         base = {NEEDS_BASE: "base", MAY_HAVE_BASE: "base or none"}.get(entry.base)
-        lines.append(f"  {name:<17} {entry.what}")
+        lines.append(f"    {name:<16} {entry.what}")
         if said := "; ".join(part for part in (base, takes) if part):
-            lines.append(f"  {'':<17}   {said}")
+            lines.append(f"        {said}")
     return "\n".join(lines)
