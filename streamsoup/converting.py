@@ -14,8 +14,9 @@ def convert(
     out: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     shard_size: int | str = "5GB",
-    nonfinite: str = "keep",
+    nonfinite: str | None = None,
     **making: Any,
 ) -> SoupResult:
     """Write a checkpoint as safetensors, in other shards or another dtype.
@@ -31,11 +32,13 @@ def convert(
     dtype : str, optional
         Float dtype of the output, such as ``bfloat16``; what is not float keeps its dtype. Tensors whose dtype stays
         are copied bit for bit, NaN and all; others are rounded once, to nearest even.
+    quantize : {"fp8-block"}, optional
+        Write linear weights as 8-bit floats with a scale for each block, as of `soup`.
     shard_size : int or str
         Largest output shard.
-    nonfinite : {"keep", "error", "warn", "allow"}
+    nonfinite : {"keep", "error", "warn", "allow"}, optional
         What to do, where a dtype changes, about NaN and infinity: by default they are kept and counted in one note, and
-        numbers that are too large for the new dtype are refused.
+        numbers that are too large for the new dtype are refused; where weights are quantised, both are refused.
     **making
         `budget_bytes`, `device`, `workers`, `read_mode`, `overwrite`, `keep`, `restart`, `durable`, `distributed`,
         `progress`, as of `soup`.
@@ -52,4 +55,18 @@ def convert(
     -----
     Memory: at most `budget_bytes`. Each byte is read once.
     """
-    return soup(str(source), out, method="convert", dtype=dtype, shard_size=shard_size, nonfinite=nonfinite, **making)
+    return soup(
+        str(source),
+        out,
+        method="convert",
+        dtype=dtype,
+        quantize=quantize,
+        shard_size=shard_size,
+        nonfinite=nonfinite or default_nonfinite(quantize),
+        **making,
+    )
+
+
+def default_nonfinite(quantize: str | None) -> str:
+    """Return what is done about NaN where nothing is asked for: one of them would spoil its whole block."""
+    return "keep" if quantize is None else "error"

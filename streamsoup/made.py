@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints import Checkpoint, expect_identity, open_checkpoints
-from streamsoup.errors import ChangedIngredientError, CheckpointError, RecipeError, listed
+from streamsoup.errors import ChangedIngredientError, CheckpointError, MismatchError, RecipeError, listed
 from streamsoup.manifest import MANIFEST_FORMAT, MANIFEST_NAME, RECIPE_NAME
 from streamsoup.plan import Plan
 from streamsoup.recipe import Recipe, read_recipe
+from streamsoup.soup_plan import open_ingredients
 from streamsoup.workspace import Destination, Workspace, destination_of
 
 
@@ -99,12 +100,13 @@ def moved(made: Made, places: Sequence[str | Path]) -> Made:
     return replace(made, recipe=replace(recipe, ingredients=ingredients, base=given[0] if first else None))
 
 
-def open_ingredients(made: Made) -> tuple[list[Checkpoint], list[str]]:
+def check_ingredients(made: Made) -> tuple[list[Checkpoint], list[str]]:
     """Open the checkpoints of a soup, and say what is wrong with them: one sentence each."""
     try:
-        checkpoints = open_checkpoints(made.recipe.checkpoints)
-    except CheckpointError:
-        return [], [problem for path in made.recipe.checkpoints if (problem := _why_not(path))]
+        checkpoints = open_ingredients(made.recipe)
+    except (CheckpointError, MismatchError) as error:
+        each = [problem for path in made.recipe.checkpoints if (problem := _why_not(path))]
+        return [], each or [str(error)]
     problems = []
     for checkpoint, record in zip(checkpoints, made.records, strict=True):
         try:
@@ -121,7 +123,7 @@ def open_ingredients(made: Made) -> tuple[list[Checkpoint], list[str]]:
 def _why_not(path: str) -> str | None:
     try:
         open_checkpoints([path])
-    except CheckpointError as error:
+    except (CheckpointError, MismatchError) as error:
         return f"{error} If it was moved, say where it is now (--ingredients)."
     return None
 

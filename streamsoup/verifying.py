@@ -9,12 +9,13 @@ from pathlib import Path
 
 from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler
-from streamsoup.checkpoints import Checkpoint, open_checkpoints, verify_unchanged
+from streamsoup.checkpoints import Checkpoint, verify_unchanged
+from streamsoup.checkpoints.safetensors import open_safetensors
 from streamsoup.dtypes import DType
 from streamsoup.engine import Engine
 from streamsoup.errors import CheckpointError, RecipeError
 from streamsoup.execution import Execution, prepare
-from streamsoup.made import Made, check_files, moved, open_ingredients, positions_in, read_made
+from streamsoup.made import Made, check_files, check_ingredients, moved, positions_in, read_made
 from streamsoup.manifest import content_digests
 from streamsoup.merging import copy_all, reduce_all
 from streamsoup.outcome import Outcome, Progress
@@ -180,7 +181,7 @@ def verify(
 
 
 def _verify(made: Made, execution: Execution, sample_bytes: int | None, seed: int) -> Verification:
-    checkpoints, problems = open_ingredients(made)
+    checkpoints, problems = check_ingredients(made)
     verification = Verification(
         made.destination.path,
         made.recipe.label,
@@ -191,7 +192,7 @@ def _verify(made: Made, execution: Execution, sample_bytes: int | None, seed: in
     if problems:
         return verification
     try:
-        (soup,) = open_checkpoints([str(made.destination.path)])
+        soup = open_safetensors(str(made.destination.path))  # as it is stored: scales are tensors
     except CheckpointError as error:
         return replace(verification, problems=(str(error),))
     mode = _mode([*checkpoints, soup], execution.read_mode, sampled=sample_bytes is not None)

@@ -7,6 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from adapter_pools import merged, write_adapter, write_base
 from factory import DTYPES, bits, fine_tunes, read_checkpoint, write_checkpoint
 
 import streamsoup
@@ -110,6 +111,42 @@ def test_a_conversion_can_be_an_ingredient_and_its_recipe_makes_it_again(tmp_pat
     assert same(read_checkpoint(tmp_path / "soup"), read_checkpoint(tmp_path / "wanted"))
     recipe = streamsoup.read_recipe(tmp_path / "out" / "recipe.yaml")
     assert recipe.method == "convert"
+
+
+def test_what_is_computed_is_converted_to_the_dtypes_that_people_think_it_has(tmp_path):
+    base = write_base(tmp_path / "base")
+    whole = merged(base, write_adapter(tmp_path / "lora"))
+    source = f"{tmp_path}/base+{tmp_path}/lora"
+    streamsoup.convert(source, tmp_path / "out")
+    streamsoup.convert(source, tmp_path / "wide", dtype="float32")
+    kept = {n: t if n == "ids" else t.astype(ml_dtypes.bfloat16) for n, t in whole.items()}
+    assert same(read_checkpoint(tmp_path / "out"), kept)
+    wide = {n: t if n == "ids" else t.astype(np.float32) for n, t in whole.items()}
+    assert same(read_checkpoint(tmp_path / "wide"), wide)
+    for name in ("out", "wide"):
+        assert streamsoup.verify(tmp_path / name, sample=None).is_same
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    (problem,) = streamsoup.verify(tmp_path / "out").problems
+    assert "lora" in problem
+    assert "--ingredients" in problem
+
+
+def test_weights_are_quantised_and_multiplied_out_again(tmp_path):
+    numbers = np.random.default_rng(0).standard_normal((256, 300)).astype(np.float32)
+    source = write_checkpoint(tmp_path / "run", {"layers.0.q.weight": numbers, "norm.weight": numbers[0]})
+    streamsoup.convert(source, tmp_path / "fp8", quantize="fp8-block", dtype="bfloat16")
+    streamsoup.convert(tmp_path / "fp8", tmp_path / "back", dtype="float32")
+    found = read_checkpoint(tmp_path / "fp8")
+    assert {n: str(t.dtype) for n, t in found.items()} == {
+        "layers.0.q.weight": "float8_e4m3fn", "layers.0.q.weight_scale_inv": "float32", "norm.weight": "bfloat16",
+    }  # fmt: skip
+    assert np.abs(read_checkpoint(tmp_path / "back")["layers.0.q.weight"] - numbers).max() < 0.2
+    for name in ("fp8", "back"):
+        assert streamsoup.verify(tmp_path / name, sample=None).is_same, name
+    numbers[3, 4] = np.nan
+    write_checkpoint(tmp_path / "odd", {"layers.0.q.weight": numbers})
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        streamsoup.convert(tmp_path / "odd", tmp_path / "no", quantize="fp8-block")
 
 
 def test_an_interrupted_conversion_goes_on_to_the_same_bits(tmp_path, odd, cli, monkeypatch):

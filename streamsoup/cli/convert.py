@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import soup
-from streamsoup.cli.options import add_execution_options, add_shard_size
+from streamsoup.cli.options import add_execution_options, add_quantize, add_shard_size
 from streamsoup.cli.pages import add_command, epilog
 from streamsoup.units import parse_bytes
 
@@ -51,12 +51,13 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         "--dtype", metavar="DTYPE", help="float dtype of the output, such as bfloat16 (default: that of each tensor)"
     )
+    add_quantize(what)
     add_shard_size(what)
     what.add_argument(
         "--nonfinite",
         choices=("keep", "error", "warn", "allow"),
         help="NaN or infinity in a tensor whose dtype changes: keep counts them in one note, and refuses numbers that "
-        "are too large for the new dtype; error refuses both, warn names all, allow says nothing (default: keep)",
+        "are too large for the new dtype; error refuses both, warn names all, allow says nothing (default: keep; with --quantize error)",
     )
     add_execution_options(parser)
     parser.set_defaults(
@@ -72,14 +73,19 @@ def add_parser(commands: Any) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from streamsoup.cli.guard import UsageError
+    from streamsoup.converting import default_nonfinite
     from streamsoup.recipe import make_recipe
 
     if not args.ingredients or not (args.output or args.dry_run):
         raise UsageError("Name the checkpoint and where it goes: streamsoup convert SOURCE OUT.")
-    options = {"dtype": args.dtype, "shard_bytes": args.shard_size and parse_bytes(args.shard_size)}
+    options = {
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+        "shard_bytes": args.shard_size and parse_bytes(args.shard_size),
+    }
     return make_recipe(
         [args.ingredients],
         method="convert",
-        nonfinite=args.nonfinite or "keep",
+        nonfinite=args.nonfinite or default_nonfinite(args.quantize),
         **{name: value for name, value in options.items() if value is not None},
     )

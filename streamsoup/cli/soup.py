@@ -27,10 +27,10 @@ Average checkpoints of one network into one, uniformly or by weights, or merge t
 once, but for large tensors that must be measured first; memory depends on neither the number nor the size of the
 checkpoints. The soup appears whole or not at all, and an interrupted run can be resumed to the same bits."""
 _CHECKPOINTS = """\
-  A checkpoint is a .safetensors file, or a folder with one or with shards and an index; a file of torch.save or a folder
-  of torch.distributed.checkpoint; or base+adapter. See docs/ingredients.md. The first (or the base) gives names, their
-  order, dtypes and configuration files. A list in plain alphabetical order, as a shell leaves it, is put
-  into natural order (run2 before run10); any other order is kept."""
+  A checkpoint is a .safetensors file, or a folder with one or with shards and an index; a file of torch.save or a
+  folder of torch.distributed.checkpoint; or base+adapter: see docs/ingredients.md. The first (or the base) gives names,
+  their order, dtypes and configuration files. A list in plain alphabetical order, as a shell leaves it, is put into
+  natural order (run2 before run10); any other order is kept."""
 _EXAMPLES = (
     ("Average three checkpoints", "streamsoup soup runs/a runs/b runs/c -o soup/"),
     ("Weigh them, and round to bfloat16", "streamsoup soup runs/a:0.7 runs/b:0.3 -o soup/ --dtype bfloat16"),
