@@ -57,7 +57,8 @@ def add_parser(commands: Any) -> None:
         "--nonfinite",
         choices=("keep", "error", "warn", "allow"),
         help="NaN or infinity in a tensor whose dtype changes: keep counts them in one note, and refuses numbers that "
-        "are too large for the new dtype; error refuses both, warn names all, allow says nothing (default: keep; with --quantize error)",
+        "are too large for the new dtype; error refuses both, warn names all, allow says nothing (default: keep; with "
+        "--quantize error)",
     )
     add_execution_options(parser)
     parser.set_defaults(
