@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.align import Alignment
-from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, TensorTable
+from streamsoup.checkpoints import Checkpoint, TensorTable, is_computed
 from streamsoup.dtypes import DTYPES, DType
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients, Linear, Method
@@ -106,7 +106,7 @@ class Plan:
     @cached_property
     def _combined(self) -> npt.NDArray[np.bool_]:
         combined: npt.NDArray[np.bool_] = _FLOAT[self.out_dtypes]
-        if self.method.verbatim and not isinstance(self.checkpoints[0], DerivedCheckpoint):
+        if self.method.verbatim and not is_computed(self.checkpoints[0]):
             combined &= (self.in_dtypes != self.out_dtypes[:, None]).any(axis=1)
         return combined
 

@@ -131,6 +131,20 @@ def test_what_is_computed_is_converted_to_the_dtypes_that_people_think_it_has(tm
     assert "--ingredients" in problem
 
 
+def test_files_of_torch_become_safetensors_bit_for_bit(tmp_path):
+    import torch
+
+    numbers = torch.from_numpy(any_bits("F32", 3, 6000).copy())
+    state = {"w": numbers.reshape(60, 100), "h": numbers[:50].to(torch.bfloat16), "turned": numbers.reshape(100, 60).T}
+    torch.save(state, tmp_path / "run.pt")
+    streamsoup.convert(tmp_path / "run.pt", tmp_path / "out", shard_size="20kB")
+    found = read_checkpoint(tmp_path / "out")
+    for name, tensor in state.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        assert found[name].tobytes() == raw.tobytes(), name
+    assert streamsoup.verify(tmp_path / "out", sample=None).is_same
+
+
 def test_weights_are_quantised_and_multiplied_out_again(tmp_path):
     numbers = np.random.default_rng(0).standard_normal((256, 300)).astype(np.float32)
     source = write_checkpoint(tmp_path / "run", {"layers.0.q.weight": numbers, "norm.weight": numbers[0]})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from streamsoup.checkpoints.adapter_soups import adapter_notes
 from streamsoup.checkpoints.adapters import add_adapter
-from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of, prepare_derived, remarks_of
+from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of, prepare_derived, remarks_of
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
 from streamsoup.checkpoints.paths import absolute_path, real_path, split_path
@@ -40,6 +40,7 @@ __all__ = [
     "identify",
     "identity_key",
     "identity_to_json",
+    "is_computed",
     "natural_order",
     "open_checkpoints",
     "out_dtypes_of",

@@ -55,6 +55,11 @@ class DerivedCheckpoint:
         return tuple(shard for part in self.parts for shard in part.shards)
 
     @property
+    def computes(self) -> bool:
+        """Whether numbers are computed, and not only brought from other places, bit for bit."""
+        return True
+
+    @property
     def settled(self) -> npt.NDArray[np.bool_]:
         """Tensors that are written as `out_dtypes` says, whatever is asked for; shape (tensors,)."""
         return np.zeros(len(self.table), np.bool_)
@@ -97,6 +102,11 @@ def out_dtypes_of(checkpoint: Checkpoint, dtype: DType | None = None) -> npt.NDA
     return np.where(asked, np.uint8(dtype.index), found).astype(np.uint8)
 
 
+def is_computed(checkpoint: Checkpoint) -> bool:
+    """Whether the numbers of a checkpoint are computed of what is stored."""
+    return isinstance(checkpoint, DerivedCheckpoint) and checkpoint.computes
+
+
 def prepare_derived(checkpoints: Iterable[Checkpoint]) -> None:
     """Load what computes the bytes of those that are computed."""
     for checkpoint in checkpoints:
@@ -115,6 +125,11 @@ class SelectedCheckpoint(DerivedCheckpoint):
     """Some tensors of a derived checkpoint, numbered or named anew."""
 
     positions: npt.NDArray[np.int64]
+
+    @property
+    def computes(self) -> bool:
+        """See `DerivedCheckpoint`."""
+        return is_computed(self.parts[0])
 
     @property
     def settled(self) -> npt.NDArray[np.bool_]:

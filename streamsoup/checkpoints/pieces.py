@@ -96,6 +96,11 @@ class PiecedCheckpoint(DerivedCheckpoint):
 
     pieces: PackedPieces
 
+    @property
+    def computes(self) -> bool:
+        """See `DerivedCheckpoint`."""
+        return False
+
     def derive(self, parts: Sequence[PartReader]) -> Source:
         """See `DerivedCheckpoint`."""
         return PiecedSource(parts[0], self.table, self.pieces)

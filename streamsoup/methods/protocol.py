@@ -227,7 +227,7 @@ class Method(Protocol):
     by_row : bool
         Its rules may be by row.
     verbatim : bool
-        Where a stored tensor keeps its dtype its bytes are copied, NaN and all, without a look at the numbers.
+        Where a tensor that is not computed keeps its dtype its bytes are copied, NaN and all, without a look.
     """
 
     @property
