@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints import Checkpoint, TensorTable
+from streamsoup.checkpoints import Checkpoint, TensorTable, advice_on
 from streamsoup.dtypes import DTYPES
 from streamsoup.errors import MismatchError
 
@@ -47,7 +47,7 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
     problems: list[str] = []
     orders = tuple(_order(checkpoints[0], other, problems) for other in checkpoints)
     if problems:
-        raise MismatchError(problems)
+        raise MismatchError(problems, advice_on(checkpoints))
     return Alignment(checkpoints[0].table, orders)
 
 

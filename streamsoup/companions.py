@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint
+from streamsoup.checkpoints.beside import companion_names
 from streamsoup.checkpoints.sliced import SlicedCheckpoint
 from streamsoup.dtypes import DType, parse_float_dtype
 from streamsoup.files import write_durably, writing_to
 
-_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".py",
-    ".jinja",
-    ".tiktoken",
-    ".vocab",
-    ".bpe",
-    ".spm",
-    ".yaml",
-    ".yml",
-}
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
-# What describes a training run or another soup, not the network.
-_NOT_OURS = re.compile(
-    r".*\.index\.json|trainer_state\.json|.*_results\.json|streamsoup\.json|decisions\.json|learned\.json|recipe\.ya?ml|\..*|requirements\.txt"
-)
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_NOT_FOLDERS = re.compile(r"checkpoint-.*|runs|logs|wandb|global_step.*|__pycache__|\..*")
 
 
 def companion_files(folder: Path) -> Iterator[Path]:
     """Yield the files to copy, relative to the folder; also those of plain sub-folders such as ``1_Pooling``."""
-    for entry in sorted(folder.iterdir()):
-        if _is_companion(entry):
-            yield entry.relative_to(folder)
-        elif entry.is_dir() and not _NOT_FOLDERS.fullmatch(entry.name):
-            inside = sorted(entry.iterdir())
-            if not any(file.suffix in _WEIGHTS for file in inside):
-                yield from (file.relative_to(folder) for file in inside if _is_companion(file))
+    return map(Path, companion_names(_files_in(folder)))
 
 
-def _is_companion(file: Path) -> bool:
-    return file.is_file() and file.suffix in _SUFFIXES and not _NOT_OURS.fullmatch(file.name)
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the names of its files, and of those in its sub-folders."""
+    for entry in folder.iterdir():
+        inside = entry.iterdir() if entry.is_dir() else [entry]
+        yield from (str(file.relative_to(folder)) for file in inside if file.is_file())
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path, *, dtype: str | None) -> list[str]:

@@ -18,7 +18,15 @@ import numpy.typing as npt
 
 from streamsoup.backends import open_backend
 from streamsoup.budget import PeakSampler, default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, expand_paths, open_checkpoints, prepare_derived, verify_unchanged
+from streamsoup.checkpoints import (
+    LeftOut,
+    Opened,
+    Opening,
+    expand_paths,
+    open_together,
+    prepare_derived,
+    verify_unchanged,
+)
 from streamsoup.comparison_figures import Figures, Numbers, classical_map, other_lineages, plain
 from streamsoup.comparison_gathering import Gathered, TensorFigures
 from streamsoup.devices import choose_means
@@ -76,6 +84,8 @@ class Comparison:
     projected_peak_bytes, measured_peak_bytes : int
         What the engine owned, above the level after imports and compilation.
     read_mode, device : str
+    left_out : tuple of LeftOut
+        Tensors that were not compared, with `only_shared`.
     """
 
     ingredients: tuple[str, ...]
@@ -100,6 +110,7 @@ class Comparison:
     measured_peak_bytes: int
     read_mode: str
     device: str
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -169,6 +180,7 @@ class Comparison:
             "gb_per_s": self.gb_per_s,
             "read_mode": self.read_mode,
             "device": self.device,
+            "left_out": [left.to_json() for left in self.left_out],
             **({"tensors": figures.to_json()} if tensors else {}),
         }
 
@@ -177,6 +189,10 @@ def compare(
     ingredients: str | Sequence[str | Path],
     base: str | Path | None = None,
     *,
+    key: str | None = None,
+    strip_prefix: str | Sequence[str] = (),
+    rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    only_shared: bool = False,
     budget_bytes: int | str | None = None,
     device: str = "cpu",
     device_budget_bytes: int | str | None = None,
@@ -193,6 +209,8 @@ def compare(
         Two at least, of the same names and shapes; any sharding, any mix of float dtypes.
     base : path, optional
         What they were fine-tuned from. Differences are then taken from it, else from the mean of the ingredients.
+    key, strip_prefix, rename, only_shared
+        As in `streamsoup.soup`.
     budget_bytes : int or str, optional
         What the engine may own; by default a quarter of what is free, at most 2 GiB.
     device, device_budget_bytes, workers, read_mode, progress, on_compile
@@ -225,8 +243,10 @@ def compare(
         progress=progress,
     )
     backend = open_backend(execution.device, execution.device_budget_bytes)
-    checkpoints = open_checkpoints([*([] if base is None else [str(base)]), *paths])
-    plan, mode = _plan(checkpoints, execution)
+    opening = Opening(key, strip_prefix, rename, only_shared)  # type: ignore[arg-type]
+    opened = open_together([*([] if base is None else [str(base)]), *paths], opening)
+    checkpoints = opened.checkpoints
+    plan, mode = _plan(opened, execution)
     codes = {DTYPES[i] for c in checkpoints for i in set(c.table.dtypes.tolist())}
     with compile_notice(on_compile):
         prepare_derived(checkpoints)
@@ -251,7 +271,8 @@ def compare(
     )
 
 
-def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan, str]:
+def _plan(opened: Opened, execution: Execution) -> tuple[Plan, str]:
+    checkpoints = opened.checkpoints
     mode = choose_mode(checkpoints, execution.read_mode)
     count, table = len(checkpoints), checkpoints[0].table
     layers = len(set(map(layer_name, table.names)))
@@ -261,6 +282,8 @@ def _plan(checkpoints: Sequence[Checkpoint], execution: Execution) -> tuple[Plan
         Looking(count),
         budget_bytes=execution.budget_bytes or default_budget_bytes(),
         reserved_bytes=kept + MOST_MEASURED * held_bytes(count),
+        touched=opened.touched,
+        left_out=opened.left_out,
         **choose_means(execution.device, mode, execution.workers, tensor_bytes=tensor_bytes(checkpoints)),
     )
     return plan, mode
@@ -312,4 +335,5 @@ def _conclude(
         measured_peak_bytes=peak_bytes,
         read_mode=read_mode,
         device=device,
+        left_out=plan.left_out,
     )

@@ -24,7 +24,14 @@ from streamsoup.making import NO_EXTRAS, Extras, Making, keep_or_remove
 from streamsoup.outcome import Progress
 from streamsoup.plan import Plan
 from streamsoup.ranks import Ranks, join_ranks, keep_first
-from streamsoup.recipe import Recipe, make_recipe, recipe_from_mapping, recipe_to_mapping, with_absolute_paths
+from streamsoup.recipe import (
+    Recipe,
+    make_recipe,
+    recipe_from_mapping,
+    recipe_to_mapping,
+    with_absolute_paths,
+    with_pinned_ids,
+)
 from streamsoup.soup_plan import plan_together
 from streamsoup.units import parse_bytes
 from streamsoup.workspace import Workspace, destination_of
@@ -44,6 +51,10 @@ def soup(
     importances: Sequence[str | Path] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    key: str | None = None,
+    strip_prefix: str | Sequence[str] = (),
+    rename: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    only_shared: bool = False,
     dtype: str | None = None,
     quantize: str | None = None,
     shard_size: int | str = "5GB",
@@ -67,9 +78,9 @@ def soup(
     Parameters
     ----------
     ingredients : path, pattern, or sequence of paths and patterns
-        ``.safetensors`` files or folders of them, any sharding, any mix of float dtypes, and files of `torch.save`
-        and `torch.distributed.checkpoint`. The first gives the names, their order, the configuration files and, unless
-        `dtype` is given, the output dtypes.
+        ``.safetensors`` files or folders of them, any sharding, any mix of float dtypes, files of `torch.save` and
+        `torch.distributed.checkpoint`, and ids of the Hugging Face Hub, ``org/name`` or ``org/name@revision``. The
+        first gives the names, their order, the configuration files and, unless `dtype` is given, the output dtypes.
     out : path
         A new folder, or a ``.safetensors`` file.
     weights : sequence of float, optional
@@ -89,6 +100,16 @@ def soup(
         One for each ingredient, for the method ``fisher``.
     include, exclude : sequence of str
         Shell patterns of tensor names; the others are taken from the first checkpoint as they are.
+    key : str, optional
+        Which entry of nested files of torch holds the tensors.
+    strip_prefix : str or sequence of str
+        Taken off the beginning of tensor names that have it, such as ``"module."``.
+    rename : mapping of str to str, or pairs
+        Regular expressions, and what their matches in tensor names become, as in `re.sub`; in order, after
+        `strip_prefix`.
+    only_shared : bool
+        Soup the tensors that all ingredients have with one shape. The soup has only these; `SoupResult.notes` and the
+        manifest list all others.
     dtype : str, optional
         Float dtype of the output, such as ``bfloat16``.
     quantize : {"fp8-block"}, optional
@@ -135,6 +156,10 @@ def soup(
         importances=importances,
         include=tuple(include),
         exclude=tuple(exclude),
+        key=key,
+        strip_prefix=strip_prefix,
+        rename=rename,
+        only_shared=only_shared,
         dtype=dtype,
         quantize=quantize,
         shard_bytes=parse_bytes(shard_size),
@@ -183,6 +208,7 @@ def _cook(
 ) -> SoupResult:
     if ranks.count > 1:
         recipe, out = ranks.first(lambda: (with_absolute_paths(recipe), destination_of(out).path))
+    recipe = with_pinned_ids(recipe)
     workspace = Workspace(destination_of(out))
     backend = open_backend(ranks.device(execution.device), execution.device_budget_bytes)
     plan, execution = plan_together(ranks, recipe, out, execution)

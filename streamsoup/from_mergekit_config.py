@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints import absolute_path, open_checkpoints
+from streamsoup.checkpoints import absolute_path, is_hub_id, open_checkpoints
+from streamsoup.checkpoints.hub import resolve
 from streamsoup.checkpoints.sliced import Part, join_parts, layer_stack, scales_of
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
@@ -102,7 +103,8 @@ def from_mergekit(config: str | Path | Mapping[str, Any], *, random_seed: int | 
     Parameters
     ----------
     config : path, or mapping
-        mergekit's YAML, or what a parser made of it. Models are folders or files here, as seen from the current folder.
+        mergekit's YAML, or what a parser made of it. Models are folders or files, as seen from the
+        current folder, or ids of the Hugging Face Hub.
     random_seed : int, optional
         For methods that drop at random, as mergekit's option of this name; the numbers are not those of mergekit.
 
@@ -285,11 +287,11 @@ def _of_layers(found: Sequence[Any], base: str | None, shared: Settings) -> Reci
     for i, (one, sources, ranges, own) in enumerate(found):
         if len(sources) != 1 or one.get("base_model") is not None:
             raise RecipeError(f"slices[{i}]: passthrough takes one source and no base_model in each slice.")
-        parts.append(Part(sources[0].path, *ranges[0]))
+        parts.append(Part(resolve(sources[0].path), *ranges[0]))
         mine = _check_names("passthrough", sources[0].own, f"parameters of {sources[0].where}", each=True)
         others = [_check_names("passthrough", s, "parameters", each=False) for s in (own, shared)]
         settings.append(joined(joined(mine.get("scale"), others[0].get("scale")), others[1].get("scale")))
-    if base is not None and not _same(base, parts[0].path):
+    if base is not None and not _same(base, found[0][1][0].path):
         raise RecipeError(
             f"base_model: {base} is not the model of the first slice, {parts[0].path}, from which configuration and "
             "tokenizer are taken. Leave it out."
@@ -339,14 +341,15 @@ def _model(given: object, where: str) -> str:
         raise RecipeError(f"{where}: a model is the path of a folder or file, not {given!r}.")
     if os.path.exists(reference):
         return reference
+    if is_hub_id(reference):
+        return absolute_path(reference)
     if "+" in reference:
         raise RecipeError(
             f"{where}: {reference} is a model with a LoRA adapter, which is not supported. Save the merged model in a "
             "folder and name that."
         )
     raise RecipeError(
-        f"{where}: {reference} is no folder or file here, and nothing is downloaded. Download it (`hf download "
-        f"{reference.partition('@')[0]} --local-dir FOLDER`) and name the folder."
+        f"{where}: {reference} is no folder or file here, and no org/name of the Hugging Face Hub. Correct it."
     )
 
 

@@ -63,9 +63,9 @@ def greedy(
     progress : callable taking a Progress, optional
     **options
         Those of `Rule` (``accept``, ``tolerance``, ``minimize``, ``order``, ``seed``, ``max_ingredients``, ``prune``,
-        ``rounds``, ``restarts``), of `PoolOptions` (``dtype``, ``sums_dtype``, ``budget_bytes``, ``device`` ...), and
-        of `GreedyJob` (``own_scores``, ``metric``, ``also``, ``timeout_seconds``, ``candidates``, ``overwrite``,
-        ``jobs``).
+        ``rounds``, ``restarts``), of `PoolOptions` (``dtype``, ``sums_dtype``, ``budget_bytes``, ``device``, ``rename``
+        ...), and of `GreedyJob` (``own_scores``, ``metric``, ``also``, ``timeout_seconds``, ``candidates``,
+        ``overwrite``, ``jobs``).
 
     Returns
     -------

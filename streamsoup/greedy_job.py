@@ -241,6 +241,8 @@ class GreedyResult:
     seconds : float
     at_once : AtOnce or None
         None where candidates were scored one after the other.
+    notes : tuple of str
+        What a reader should know of the ingredients, tensors that are left out among it.
     """
 
     path: Path | None
@@ -259,6 +261,7 @@ class GreedyResult:
     peak_bytes: int
     seconds: float
     at_once: AtOnce | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_best_single(self) -> bool:

@@ -124,6 +124,7 @@ class GreedyLoop:
                 peak_bytes=sampler.peak_bytes,
                 seconds=time.perf_counter() - began,
                 at_once=self.ahead.tally() if self.ahead else None,
+                notes=(*self.running.pool.notes, *(left.sentence for left in self.running.pool.left_out)),
             )
             result = self._publish(result)
         if self.folder is not None:

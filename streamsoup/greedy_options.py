@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from streamsoup.checkpoints import pinned_path
 from streamsoup.errors import RecipeError
 from streamsoup.greedy_job import GreedyJob
 from streamsoup.pool import PoolOptions
@@ -38,12 +39,15 @@ def make_job(
     if len(set(ingredients)) < len(ingredients):
         twice = next(path for path in ingredients if ingredients.count(path) > 1)
         raise RecipeError(f"{twice}: is named twice. Name it once; with rounds it may enter again.")
+    ingredients = [pinned_path(path) for path in ingredients]
     given = {name: value for name, value in options.items() if value is not None}
     rule = {f.name: given.pop(f.name) for f in fields(Rule) if f.name in given}
     pool = {f.name: given.pop(f.name) for f in fields(PoolOptions) if f.name in given}
     job = {name: given.pop(name) for name in _OF_JOB if name in given}
     if given:
         raise RecipeError(f"Unknown option {sorted(given)[0]!r} of a greedy soup.")
+    if "own_scores" in job:
+        job["own_scores"] = {pinned_path(path): score for path, score in job["own_scores"].items()}
     for path, score in job.get("own_scores", {}).items():
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise RecipeError(f"{path}: its own score is {score!r}, not a finite number.")

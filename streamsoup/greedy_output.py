@@ -54,7 +54,7 @@ def publish_soup(
     with Workspace(destination_of(job.out)) as workspace:
         workspace.create()  # over what a crash while publishing left: the decision is not in it
         _write_weights(workspace, running, result.members, written, bring)
-        notes = [*running.pool.notes]
+        notes = [*result.notes]
         if before is not None:
             before(workspace.soup)
             notes.append(f"Changed after averaging by: {job.before_command}")
@@ -92,12 +92,14 @@ def _describe(
 ) -> None:
     """Write recipe, manifest and model card beside the weights."""
     pool = running.pool
+    opening = pool.opening_of([m.path for m in members])
     recipe = Recipe(
         tuple(Ingredient(m.path, m.weight) for m in members),
         dtype=job.pool.dtype,
         shard_bytes=job.pool.shard_bytes,
         buffers=job.pool.buffers,
         nonfinite=job.pool.nonfinite,
+        **opening.to_options(),
     )
     checkpoints = [pool.open(m.path) for m in members]
     write_side_files(

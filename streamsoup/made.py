@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints import Checkpoint, expect_identity, open_checkpoints
+from streamsoup.checkpoints import Checkpoint, Opened, Opening, expect_identity, open_checkpoints
 from streamsoup.errors import ChangedIngredientError, CheckpointError, MismatchError, RecipeError, listed
 from streamsoup.manifest import MANIFEST_FORMAT, MANIFEST_NAME, RECIPE_NAME
 from streamsoup.plan import Plan
@@ -100,15 +100,15 @@ def moved(made: Made, places: Sequence[str | Path]) -> Made:
     return replace(made, recipe=replace(recipe, ingredients=ingredients, base=given[0] if first else None))
 
 
-def check_ingredients(made: Made) -> tuple[list[Checkpoint], list[str]]:
+def check_ingredients(made: Made) -> tuple[Opened, list[str]]:
     """Open the checkpoints of a soup, and say what is wrong with them: one sentence each."""
     try:
-        checkpoints = open_ingredients(made.recipe)
+        opened = open_ingredients(made.recipe)
     except (CheckpointError, MismatchError) as error:
-        each = [problem for path in made.recipe.checkpoints if (problem := _why_not(path))]
-        return [], each or [str(error)]
+        each = [problem for path in made.recipe.checkpoints if (problem := _why_not(path, made.recipe.key))]
+        return Opened([]), each or [str(error)]
     problems = []
-    for checkpoint, record in zip(checkpoints, made.records, strict=True):
+    for checkpoint, record in zip(opened.checkpoints, made.records, strict=True):
         try:
             expect_identity(
                 checkpoint, record["shards"], what="the soup was made", otherwise="name its new place (--ingredients)"
@@ -117,12 +117,12 @@ def check_ingredients(made: Made) -> tuple[list[Checkpoint], list[str]]:
             problems.append(str(error))
         except KeyError:
             problems.append(f"{checkpoint.path}: the manifest does not say what it was. Put back the manifest.")
-    return checkpoints, problems
+    return opened, problems
 
 
-def _why_not(path: str) -> str | None:
+def _why_not(path: str, key: str | None) -> str | None:
     try:
-        open_checkpoints([path])
+        open_checkpoints([path], Opening(key=key))
     except (CheckpointError, MismatchError) as error:
         return f"{error} If it was moved, say where it is now (--ingredients)."
     return None

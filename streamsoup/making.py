@@ -100,7 +100,8 @@ class Making:
 
     def _publish(self, outcome: Outcome, peak_bytes: int) -> SoupResult:
         plan, execution = self.plan, self.execution
-        notes = [*plan.notes, *check_copied(plan, outcome, self.recipe.buffers)]
+        notes = [*plan.notes, *(left.sentence for left in plan.left_out)]
+        notes += check_copied(plan, outcome, self.recipe.buffers)
         notes += check_finite(plan, outcome, self.recipe.nonfinite)
         for note in notes:
             _log.warning(note)

@@ -106,6 +106,7 @@ def build_manifest(
         "parameters": plan.parameters,
         "ingredients": ingredients,
         **beside,
+        **({"left_out": [left.to_json() for left in plan.left_out]} if plan.left_out else {}),
         "shards": [{"name": s.name, "size_bytes": s.file_bytes} for s in plan.layout.shards],
         "notes": list(notes),
         "device": device,

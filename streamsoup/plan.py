@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.align import Alignment
-from streamsoup.checkpoints import Checkpoint, TensorTable, is_computed
+from streamsoup.checkpoints import Checkpoint, LeftOut, TensorTable, is_computed
 from streamsoup.dtypes import DTYPES, DType
 from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients, Linear, Method
@@ -60,6 +60,8 @@ class Plan:
         In what sums are kept; float64 is double-double where a dtype is float64.
     notes : tuple of str
         What a reader of the soup should know of its ingredients.
+    left_out : tuple of LeftOut
+        Tensors of the ingredients that do not get into the soup.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -75,6 +77,7 @@ class Plan:
     touched: tuple[tuple[str, int], ...] = ()
     accumulate: str = "float64"
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def table(self) -> TensorTable:

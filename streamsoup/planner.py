@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from streamsoup.align import align
 from streamsoup.asked import Asked
-from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, TensorTable, out_dtypes_of
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, LeftOut, TensorTable, out_dtypes_of
 from streamsoup.dtypes import DTYPES, parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.layout import Layout, lay_out
@@ -51,6 +51,7 @@ def make_plan(
     touched: Sequence[tuple[str, int]] = (),
     accumulate: str = "float64",
     notes: Sequence[str] = (),
+    left_out: Sequence[LeftOut] = (),
 ) -> Plan:
     """Plan a soup.
 
@@ -93,6 +94,8 @@ def make_plan(
         In what sums are kept.
     notes : sequence of str
         What a reader of the soup should know of its ingredients.
+    left_out : sequence of LeftOut
+        Tensors of the checkpoints that do not get into the soup.
 
     Raises
     ------
@@ -148,6 +151,7 @@ def make_plan(
         tuple(touched),
         accumulate,
         tuple(notes),
+        tuple(left_out),
     )
     if accumulate == "float32":
         _refuse_single(plan)

@@ -16,9 +16,14 @@ from streamsoup.budget import default_budget_bytes
 from streamsoup.checkpoints import (
     Checkpoint,
     DerivedCheckpoint,
+    LeftOut,
+    Opening,
     adapter_notes,
     arranged_like,
     open_checkpoints,
+    open_like,
+    open_together,
+    opening_of_some,
     prepare_derived,
     remarks_of,
 )
@@ -56,6 +61,8 @@ class PoolOptions:
     sums : {"auto", "device", "host", "disk"}
         Where running sums are kept; ``auto``: on a GPU while they take at most half of its budget, else in memory while
         they take at most half of that.
+    key, strip_prefix, rename, only_shared, leave_out
+        How tensors are named and found, see `streamsoup.checkpoints.opening.Opening`.
     """
 
     dtype: str | None = None
@@ -69,14 +76,25 @@ class PoolOptions:
     device_budget_bytes: int | None = None
     workers: int | None = None
     read_mode: str = "auto"
+    key: str | None = None
+    strip_prefix: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    only_shared: bool = False
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self.opening.put_into(self)
         if self.workers is not None and self.workers < 1:
             raise RecipeError(f"workers: {self.workers} threads, but at least one is needed.")
         for name in ("budget_bytes", "device_budget_bytes", "shard_bytes"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(value))
         check_device_budget(self.device, self.device_budget_bytes)
+
+    @property
+    def opening(self) -> Opening:
+        """How tensors are named and found."""
+        return Opening.of(self)
 
 
 @dataclass
@@ -98,6 +116,10 @@ class Pool:
         What all of them together take of each device's memory.
     notes : tuple of str
         What a reader of their soups should know.
+    touched : tuple of (str, int)
+        Rules by name, and how many tensors each touched.
+    left_out : tuple of LeftOut
+        Tensors of the checkpoints that get into no soup of the pool.
     """
 
     paths: Sequence[str]
@@ -112,7 +134,9 @@ class Pool:
         if self.options.sums == "device" and self.options.device == "cpu":
             raise RecipeError("sums: the cpu has no memory but the host's. Give --sums host, or --device cuda.")
         self.backend: Backend = open_backend(self.options.device, self.options.device_budget_bytes)
-        opened = open_checkpoints(self.paths)
+        together = open_together(self.paths, self.options.opening)
+        opened, self.touched = together.checkpoints, together.touched
+        self.left_out: tuple[LeftOut, ...] = together.left_out
         self.notes = (*adapter_notes(opened), *remarks_of(opened))
         for note in self.notes:
             _log.warning(note)
@@ -192,7 +216,8 @@ class Pool:
             If the pool was made for other dtypes, or for files that are read another way.
         """
         if path not in self.checkpoints:
-            (checkpoint,) = open_checkpoints([path])
+            opened = open_like(path, self.options.opening, self.first)
+            (checkpoint,) = opened.checkpoints
             dtypes = [DTYPES[i] for i in set(checkpoint.table.dtypes.tolist())]
             mode = choose_mode([checkpoint], self.options.read_mode)
             if any(d.is_wide for d in dtypes) > self.is_wide or (mode == "plain") > (self.mode == "plain"):
@@ -201,7 +226,14 @@ class Pool:
             self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
             self._is_fp8 |= any(d.is_fp8 for d in dtypes)
             self.checkpoints[path] = arranged_like(checkpoint, self.first)
+            self.left_out += opened.left_out
         return self.checkpoints[path]
+
+    def opening_of(self, paths: Sequence[str]) -> Opening:
+        """Say how some checkpoints of the pool are opened alone, with the names that they have here."""
+        whole = self.options.opening
+        raw = open_checkpoints(paths, Opening(key=whole.key))
+        return opening_of_some(raw, whole, self.first.table.names)
 
     def plan(
         self,
@@ -252,6 +284,8 @@ class Pool:
             reserved_bytes=reserved_bytes,
             buffer_itemsize=buffer_itemsize,
             engines=engines,
+            touched=self.touched,
+            left_out=self.left_out,
             **means,
         )
 

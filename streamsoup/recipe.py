@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints.paths import absolute_path, change_path
+from streamsoup.checkpoints.hub import absolute, is_hub_id, is_there, pinned
+from streamsoup.checkpoints.opening import Opening
+from streamsoup.checkpoints.paths import change_path
 from streamsoup.dtypes import parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.methods.parameters import plain
@@ -76,6 +78,8 @@ class Recipe:
     quantize : str or None
         ``fp8-block``: the linear weights of the one ingredient are quantised (`streamsoup.checkpoints.quantised`), and
         `dtype` is that of the other tensors.
+    key, strip_prefix, rename, only_shared, leave_out
+        How tensors are named and found, see `streamsoup.checkpoints.opening.Opening`; patterns see the new names.
     """
 
     ingredients: tuple[Ingredient, ...]
@@ -91,6 +95,11 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     accumulate: str = "float64"
     quantize: str | None = None
+    key: str | None = None
+    strip_prefix: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    only_shared: bool = False
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ingredients:
@@ -122,11 +131,13 @@ class Recipe:
                 raise RecipeError("Method uniform takes no weights. Leave them out, or give method weighted.")
             object.__setattr__(self, "method", "linear")
         for ingredient in self.ingredients:
-            if self.base is not None and absolute_path(ingredient.path) == absolute_path(self.base):
+            # Not `absolute_path`: a recipe is a value, and asks no Hub.
+            if self.base is not None and _from_root(ingredient.path) == _from_root(self.base):
                 raise RecipeError(f"{ingredient.path}: is the base, and an ingredient too. Leave it out of them.")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        self.opening.put_into(self)
         if not self.normalize and self.method != "linear":
             raise RecipeError(f"Coefficients are applied as given by method linear only, not by {self.method}.")
         if self.quantize is not None and (len(self.checkpoints) > 1 or not self.normalize):
@@ -159,6 +170,11 @@ class Recipe:
         object.__setattr__(self, "ingredients", self.ingredients[first:])
         object.__setattr__(self, "method", "linear")
         object.__setattr__(self, "parameters", {})
+
+    @property
+    def opening(self) -> Opening:
+        """How tensors are named and found."""
+        return Opening.of(self)
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -206,12 +222,21 @@ def make_recipe(
     return Recipe(ingredients, normalize=coefficients is None, **options)
 
 
+def _from_root(path: str) -> str:
+    return change_path(path, os.path.abspath)
+
+
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Make a recipe mean the same from any folder."""
-    return with_paths(recipe, os.path.abspath)
+    """Make a recipe mean the same from any folder; ids of the Hub are pinned to their commits."""
+    return with_paths(recipe, absolute)
 
 
-def with_paths(recipe: Recipe, change: Callable[[str], str], exists: Callable[[str], bool] = os.path.exists) -> Recipe:
+def with_pinned_ids(recipe: Recipe) -> Recipe:
+    """Pin ids of the Hub to their commits: a branch may move, and an interrupted soup is gone on with."""
+    return with_paths(recipe, pinned)
+
+
+def with_paths(recipe: Recipe, change: Callable[[str], str], exists: Callable[[str], bool] = is_there) -> Recipe:
     """Change every path of a recipe; of a base with adapters, each. `exists`: whether there is what a path names."""
 
     def maybe(path: str | None) -> str | None:
@@ -253,6 +278,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe file. Relative ingredient paths are taken from the folder of the file.
 
+    What is not there may be the id of a repository on the Hugging Face Hub.
+
     Raises
     ------
     RecipeError
@@ -262,7 +289,11 @@ def read_recipe(path: str | Path) -> Recipe:
     document = read_yaml(path)
     recipe = recipe_from_mapping(document, where=str(path))
     folder = path.resolve().parent
-    return with_paths(recipe, lambda given: str(folder / given), lambda given: (folder / given).exists())
+
+    def from_there(given: str) -> str:
+        return given if is_hub_id(given) and not os.path.lexists(folder / given) else str(folder / given)
+
+    return with_paths(recipe, from_there, lambda given: (folder / given).exists() or is_hub_id(given))
 
 
 def recipe_from_mapping(document: object, *, where: str) -> Recipe:
@@ -288,7 +319,7 @@ def recipe_from_mapping(document: object, *, where: str) -> Recipe:
     for key in ("method", "base"):
         if not isinstance(options.get(key, ""), str | None):
             raise RecipeError(f"{where}: {key} is a word or a path, not {options[key]!r}.")
-    for key in ("include", "exclude"):
+    for key in ("include", "exclude", "strip_prefix", "leave_out"):
         patterns = options.get(key, ())
         if not isinstance(patterns, str) and not (
             isinstance(patterns, list | tuple) and all(isinstance(p, str) for p in patterns)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from streamsoup.checkpoints.hub import real
 from streamsoup.companions import copy_card, copy_companions
 from streamsoup.files import write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME, build_manifest, manifest_to_json, model_card
@@ -50,7 +50,7 @@ def write_side_files(
     manifest = {**build_manifest(plan, recipe, identities, digests, device=device, notes=notes), "id": job_id}
     if owner is not None:
         manifest["owner"] = owner
-    resolved = with_paths(recipe, lambda path: str(Path(path).resolve()))
+    resolved = with_paths(recipe, real)
     write_durably(workspace.beside(MANIFEST_NAME), manifest_to_json(manifest))
     write_durably(workspace.beside(RECIPE_NAME), recipe_to_yaml(resolved))
     if destination.is_file:

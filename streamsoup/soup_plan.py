@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, adapter_notes, open_checkpoints, quantised, remarks_of
+from streamsoup.checkpoints import Opened, adapter_notes, open_together, quantised, remarks_of
 from streamsoup.devices import choose_means
 from streamsoup.execution import Execution
 from streamsoup.methods import Method, linear
@@ -41,15 +40,17 @@ def method_of(recipe: Recipe) -> Method:
     return make_method(given)
 
 
-def open_ingredients(recipe: Recipe) -> list[Checkpoint]:
+def open_ingredients(recipe: Recipe) -> Opened:
     """Open all that a recipe reads, as it is read.
 
     Raises
     ------
-    CheckpointError
+    CheckpointError, MismatchError, RecipeError
     """
-    checkpoints = open_checkpoints(recipe.checkpoints)
-    return checkpoints if recipe.quantize is None else [quantised(checkpoint) for checkpoint in checkpoints]
+    opened = open_together(recipe.checkpoints, recipe.opening)
+    if recipe.quantize is None:
+        return opened
+    return replace(opened, checkpoints=[quantised(checkpoint) for checkpoint in opened.checkpoints])
 
 
 def plan_soup(
@@ -70,16 +71,16 @@ def _plan(
 ) -> tuple[Plan, Execution]:
     """Open, plan, and check where the soup is to go; see `plan_opened`."""
     destination = None if out is None else destination_of(out)
-    checkpoints = open_ingredients(recipe)
-    plan, settled = plan_opened(recipe, checkpoints, destination, execution, local_ranks=local_ranks)
+    opened = open_ingredients(recipe)
+    plan, settled = plan_opened(recipe, opened, destination, execution, local_ranks=local_ranks)
     if destination is not None:
-        check_destination(destination, checkpoints, overwrite=execution.overwrite, resuming=resuming)
+        check_destination(destination, opened.checkpoints, overwrite=execution.overwrite, resuming=resuming)
     return plan, settled
 
 
 def plan_opened(
     recipe: Recipe,
-    checkpoints: Sequence[Checkpoint],
+    opened: Opened,
     destination: Destination | None,
     execution: Execution,
     *,
@@ -91,8 +92,8 @@ def plan_opened(
     Parameters
     ----------
     recipe : Recipe
-    checkpoints : sequence of Checkpoint
-        The recipe's.
+    opened : Opened
+        The recipe's checkpoints.
     destination : Destination or None
     execution : Execution
     local_ranks : int
@@ -111,9 +112,10 @@ def plan_opened(
     StreamsoupError
     """
     method = method_of(recipe)
+    checkpoints = opened.checkpoints
     names = checkpoints[0].table.names
     method, touched = select(method, recipe.include, recipe.exclude, names)
-    touched = [*touched, *parameters_of(recipe).touched(names)]
+    touched = [*opened.touched, *touched, *parameters_of(recipe).touched(names)]
     mode = choose_mode(checkpoints, execution.read_mode)
     means = choose_means(execution.device, mode, execution.workers, tensor_bytes=tensor_bytes(checkpoints))
     if execution.workers is None and not means["locked"]:  # ranks share the cores, but each has its own device
@@ -136,6 +138,7 @@ def plan_opened(
         touched=touched,
         accumulate=recipe.accumulate,
         notes=(*adapter_notes(checkpoints), *remarks_of(checkpoints)),
+        left_out=opened.left_out,
         **means,
     )
     return plan, settled

@@ -16,7 +16,7 @@ from streamsoup.cook import cook, resume
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.execution import Execution, SoupResult
 from streamsoup.files import write_durably
-from streamsoup.recipe import Recipe, recipe_to_mapping, with_absolute_paths
+from streamsoup.recipe import Recipe, recipe_to_mapping, with_absolute_paths, with_pinned_ids
 from streamsoup.score import read_scores
 from streamsoup.soup_plan import plan_soup
 from streamsoup.workspace import Workspace, destination_of
@@ -123,6 +123,7 @@ def sweep(
     Every soup is read from its ingredients. Source: Wortsman et al. 2021, arXiv 2109.01903, for ``alpha``.
     """
     execution = execution or Execution()
+    recipe = with_pinned_ids(recipe)
     values = [float(value) for value in values]
     if not values:
         raise RecipeError("A sweep needs at least one value.")
@@ -153,7 +154,7 @@ class _Book:
         self._path = folder / _NAME
         self._asked = {
             "recipe": recipe_to_mapping(with_absolute_paths(recipe)),
-            "identities": [identity_to_json(identify(c)) for c in open_checkpoints(recipe.checkpoints)],
+            "identities": [identity_to_json(identify(c)) for c in open_checkpoints(recipe.checkpoints, recipe.opening)],
             "name": name,
             "said": said,
         }

@@ -181,7 +181,8 @@ def verify(
 
 
 def _verify(made: Made, execution: Execution, sample_bytes: int | None, seed: int) -> Verification:
-    checkpoints, problems = check_ingredients(made)
+    opened, problems = check_ingredients(made)
+    checkpoints = opened.checkpoints
     verification = Verification(
         made.destination.path,
         made.recipe.label,
@@ -198,7 +199,7 @@ def _verify(made: Made, execution: Execution, sample_bytes: int | None, seed: in
     mode = _mode([*checkpoints, soup], execution.read_mode, sampled=sample_bytes is not None)
     execution = replace(execution, read_mode=mode)
     plan, execution = plan_opened(
-        made.recipe, checkpoints, made.destination, execution, worker_bytes=ComparingSink.WORKER_BYTES
+        made.recipe, opened, made.destination, execution, worker_bytes=ComparingSink.WORKER_BYTES
     )
     verification = replace(
         verification,

@@ -124,7 +124,7 @@ def _refuse_touching(path: Path, checkpoint: Checkpoint) -> None:
 
 def _places(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield where an ingredient lies; what is put together of others, where these lie."""
-    yield checkpoint.path
+    yield checkpoint.path if checkpoint.folder is None else str(checkpoint.folder)  # an id of the Hub is no path
     if isinstance(checkpoint, DerivedCheckpoint):
         for part in checkpoint.parts:
             yield from _places(part)

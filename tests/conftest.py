@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "kernels"))
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when huggingface_hub is imported
+
 # Two noisy cores: no deadlines; a first example may compile.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")

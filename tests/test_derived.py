@@ -86,8 +86,8 @@ def runs(tmp_path_factory, tensors):
 def _opened(monkeypatch):
     before = checkpoints._open
 
-    def opened(path, parsed):
-        found = before(path, parsed)
+    def opened(path, parsed, key):
+        found = before(path, parsed, key)
         return halved(found) if "halved-" in path else found
 
     monkeypatch.setattr(checkpoints, "_open", opened)

@@ -203,9 +203,9 @@ REFUSED = {
     "key of a model": (
         {"merge_method": "linear", "models": [{"model": "a", "weight": 1}]}, r"models\[0\]: weight is not supported"
     ),
-    "hub": (
-        {"merge_method": "linear", "models": models("org/name")},
-        r"models\[0\]: org/name is no folder .*`hf download org/name --local-dir FOLDER`",
+    "nowhere": (
+        {"merge_method": "linear", "models": models("some/where/else")},
+        r"models\[0\]: some/where/else is no folder or file here, and no org/name of the Hugging Face Hub",
     ),
     "lora": (
         {"merge_method": "linear", "models": models("a+b")}, r"models\[0\]: a\+b is a model with a LoRA adapter"

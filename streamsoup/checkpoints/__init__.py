@@ -6,33 +6,49 @@ import glob
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from streamsoup.checkpoints.adapter_soups import adapter_notes
 from streamsoup.checkpoints.adapters import add_adapter
 from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of, prepare_derived, remarks_of
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
+from streamsoup.checkpoints.hub import find_snapshot, is_hub_id
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
-from streamsoup.checkpoints.paths import absolute_path, real_path, split_path
+from streamsoup.checkpoints.naming import (
+    Opened,
+    name_and_choose,
+    name_and_choose_like,
+    opening_of_some,
+)
+from streamsoup.checkpoints.opening import AS_THEY_ARE, Opening
+from streamsoup.checkpoints.paths import absolute_path, pinned_path, real_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.quantised import quantised, scaled_names
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
 from streamsoup.checkpoints.scaled import dequantised
 from streamsoup.checkpoints.selected import arranged_like, select
+from streamsoup.checkpoints.shared import LeftOut, advice_on
 from streamsoup.checkpoints.sliced import open_sliced, split_parts
 from streamsoup.checkpoints.table import TensorTable
 from streamsoup.checkpoints.torch_distributed import is_torch_distributed, open_torch_distributed
 from streamsoup.checkpoints.torch_file import is_torch_file, open_torch_file
-from streamsoup.errors import CheckpointNotFoundError
+from streamsoup.errors import CheckpointError, CheckpointNotFoundError
 
 __all__ = [
+    "AS_THEY_ARE",
     "Checkpoint",
     "DerivedCheckpoint",
     "HeldCheckpoint",
+    "LeftOut",
+    "Opened",
+    "Opening",
     "Shard",
     "StoredCheckpoint",
     "TensorTable",
     "absolute_path",
     "adapter_notes",
+    "advice_on",
     "arranged_like",
     "expand_paths",
     "expect_identity",
@@ -41,9 +57,14 @@ __all__ = [
     "identity_key",
     "identity_to_json",
     "is_computed",
+    "is_hub_id",
     "natural_order",
     "open_checkpoints",
+    "open_like",
+    "open_together",
+    "opening_of_some",
     "out_dtypes_of",
+    "pinned_path",
     "prepare_derived",
     "quantised",
     "real_path",
@@ -55,15 +76,35 @@ __all__ = [
 ]
 
 
-def open_checkpoints(paths: Sequence[str]) -> list[Checkpoint]:
+def open_checkpoints(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> list[Checkpoint]:
     """Open ingredients in order. Equal headers are parsed once and share their tables.
 
     Raises
     ------
-    CheckpointError
+    CheckpointError, MismatchError, RecipeError
+    """
+    return open_together(paths, opening).checkpoints
+
+
+def open_together(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> Opened:
+    """Open ingredients as `open_checkpoints` does, and say what became of the names of their tensors.
+
+    Raises
+    ------
+    CheckpointError, MismatchError, RecipeError
     """
     parsed = Parsed()
-    return [_open(path, parsed) for path in paths]
+    return name_and_choose([_open(path, parsed, opening.key) for path in paths], opening)
+
+
+def open_like(path: str, opening: Opening, first: Checkpoint) -> Opened:
+    """Open one more ingredient after those that were opened together, of which `first` is one.
+
+    Raises
+    ------
+    CheckpointError, MismatchError
+    """
+    return name_and_choose_like(_open(path, Parsed(), opening.key), opening, first)
 
 
 def _open(path: str, parsed: Parsed, key: str | None = None) -> Checkpoint:
@@ -73,18 +114,24 @@ def _open(path: str, parsed: Parsed, key: str | None = None) -> Checkpoint:
         for number, adapter in enumerate(adapters, 1):
             base = add_adapter("+".join([opened, *adapters[:number]]), base, _open(adapter, parsed))
         return base
+    if is_hub_id(path):
+        snapshot = find_snapshot(path)
+        found: Any = _open(snapshot.place, parsed, key)
+        return replace(found, path=snapshot.pinned, folder=snapshot.folder)  # type: ignore[no-any-return]
     return dequantised(_open_stored(path, parsed, key), parsed.scalings)
 
 
 def _open_stored(path: str, parsed: Parsed, key: str | None) -> Checkpoint:
     parts = split_parts(path)
-    if parts:
-        return open_sliced(path, parts, parsed)
-    if is_torch_distributed(path):
+    if not parts and is_torch_distributed(path):
         return open_torch_distributed(path, key, parsed)
-    if is_torch_file(path):
+    if not parts and is_torch_file(path):
         return open_torch_file(path, key, parsed)
-    return open_safetensors(path, parsed)
+    if key is not None:
+        raise CheckpointError(
+            f"{path}: has no entries of which {key} could be one: only files of torch have. Leave --key out.", path=path
+        )
+    return open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:

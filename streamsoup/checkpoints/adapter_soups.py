@@ -39,7 +39,7 @@ def adapter_notes(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         If one cannot be read.
     """
     first = checkpoints[0]
-    if len(checkpoints) < 2 or not _has_factors(first) or config_beside(first.path) is None:
+    if len(checkpoints) < 2 or not _has_factors(first) or config_beside(str(first.folder or first.path)) is None:
         return ()
     path, expected = _settings(first)
     for other in checkpoints[1:]:
@@ -62,7 +62,7 @@ def _has_factors(checkpoint: Checkpoint) -> bool:
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-    config = config_beside(checkpoint.path)
+    config = config_beside(str(checkpoint.folder or checkpoint.path))
     if config is None:
         raise MismatchError(
             [f"{checkpoint.path}: has no {CONFIG_NAME}, but other adapters have."], "Save the adapter again."

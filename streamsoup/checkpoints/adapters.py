@@ -63,7 +63,7 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
     CheckpointError
         If the adapter is none, is of another kind, or does not fit the base.
     """
-    if isinstance(adapter, DerivedCheckpoint) or (config := config_beside(adapter.path)) is None:
+    if isinstance(adapter, DerivedCheckpoint) or (config := config_beside(str(adapter.folder or adapter.path))) is None:
         raise CheckpointError(
             f"{path}: {adapter.path} has no {CONFIG_NAME}, so it is no adapter to put on {base.path}. Name checkpoints "
             "that are averaged one by one, without a plus.",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
+from streamsoup.checkpoints.hub import absolute, is_there, pinned, real
 from streamsoup.checkpoints.sliced import split_parts
 
 
-def split_path(path: str, exists: Callable[[str], bool] = os.path.exists) -> tuple[str, ...]:
+def split_path(path: str, exists: Callable[[str], bool] = is_there) -> tuple[str, ...]:
     """Return a base and its adapters, in order; a path with none of them is the only one.
 
     What exists with a "+" in its name wins, the longest first.
@@ -17,7 +17,7 @@ def split_path(path: str, exists: Callable[[str], bool] = os.path.exists) -> tup
     ----------
     path : str
     exists : callable taking a path
-        Whether there is such a file or folder.
+        Whether there is such a file or folder, or id of the Hub.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def split_path(path: str, exists: Callable[[str], bool] = os.path.exists) -> tup
     return tuple(found) if all(found) else (path,)
 
 
-def change_path(path: str, change: Callable[[str], str], exists: Callable[[str], bool] = os.path.exists) -> str:
+def change_path(path: str, change: Callable[[str], str], exists: Callable[[str], bool] = is_there) -> str:
     """Change each path of a base and its adapters, if there are such; else the whole, as any name with a plus.
 
     `exists` is asked before a path is changed: ``base+x/../y`` is not ``y``.
@@ -49,10 +49,21 @@ def change_path(path: str, change: Callable[[str], str], exists: Callable[[str],
 
 
 def absolute_path(path: str) -> str:
-    """Make a path mean the same from any folder."""
-    return change_path(path, os.path.abspath)
+    """Make a path mean the same from any folder, and at any time: ids of the Hub are pinned to their commits.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such repository, or it cannot be reached.
+    """
+    return change_path(path, absolute)
 
 
 def real_path(path: str) -> str:
-    """Return an absolute path without links: two paths of one ingredient are equal then."""
-    return change_path(path, os.path.realpath)
+    """Return an absolute path without links: two paths of one ingredient are equal then. Raises as `absolute_path`."""
+    return change_path(path, real)
+
+
+def pinned_path(path: str) -> str:
+    """Pin the ids of the Hub in a path to their commits; all else stays as it is. Raises as `absolute_path`."""
+    return change_path(path, pinned)

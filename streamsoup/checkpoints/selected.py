@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints.derived import DerivedCheckpoint, SelectedCheckpoint
 from streamsoup.checkpoints.protocol import Checkpoint, StoredCheckpoint
+from streamsoup.checkpoints.table import TensorTable
 
 
 def select(
-    checkpoint: Checkpoint, positions: npt.NDArray[np.int64], names: tuple[str, ...] | None = None
+    checkpoint: Checkpoint,
+    positions: npt.NDArray[np.int64],
+    names: tuple[str, ...] | None = None,
+    *,
+    table: TensorTable | None = None,
 ) -> Checkpoint:
     """Pick tensors of a checkpoint, in this order.
 
@@ -20,8 +27,12 @@ def select(
     positions : int64 array, shape (picked,)
     names : tuple of str, optional
         New names for them.
+    table : TensorTable, optional
+        What the same choice made of an equal table: checkpoints with equal headers go on sharing one.
     """
-    table = checkpoint.table.take(positions, names)
+    table = checkpoint.table.take(positions, names) if table is None else table
+    if isinstance(checkpoint, StoredCheckpoint):
+        return replace(checkpoint, table=table)
     if not isinstance(checkpoint, DerivedCheckpoint):
         return StoredCheckpoint(checkpoint.path, checkpoint.folder, checkpoint.shards, table, checkpoint.metadata)
     return SelectedCheckpoint(

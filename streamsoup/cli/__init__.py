@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     args = parser.parse_args(given)
+    if getattr(args, "quiet", False):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     args.rank = _rank(insisted=getattr(args, "distributed", False))
     if args.rank is not None:
         guard.speak_as(args.rank)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamsoup.cli.options import add_running_options
+from streamsoup.cli.options import add_running_options, naming_of
 from streamsoup.cli.tables import table
 from streamsoup.units import format_bytes, format_count, format_seconds
 
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         found = compare(
             natural_order(expand_paths(args.checkpoints)),
             args.base,
+            **{name: value for name, value in naming_of(args).items() if value is not None},
             budget_bytes=args.budget,
             device=args.device or "cpu",
             device_budget_bytes=args.device_budget,
@@ -148,6 +149,7 @@ def _totals(found: Comparison) -> list[str]:
         )
     if whole.left_out:
         rows.append(("left out", f"{whole.left_out:,} tensor(s) with NaN, infinity or numbers too large to square"))
+    rows += [("left out", left.in_short) for left in found.left_out]
     if found.base_nonfinite:
         rows.append(("base", f"{found.base_nonfinite:,} NaN or infinite elements"))
     if found.differing_buffers:

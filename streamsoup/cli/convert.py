@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import soup
-from streamsoup.cli.options import add_execution_options, add_quantize, add_shard_size
+from streamsoup.cli.options import add_execution_options, add_naming_options, add_quantize, add_shard_size, naming_of
 from streamsoup.cli.pages import add_command, epilog
 from streamsoup.units import parse_bytes
 
@@ -51,6 +51,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         "--dtype", metavar="DTYPE", help="float dtype of the output, such as bfloat16 (default: that of each tensor)"
     )
+    add_naming_options(what)
     add_quantize(what)
     add_shard_size(what)
     what.add_argument(
@@ -67,7 +68,9 @@ def add_parser(commands: Any) -> None:
         guarded=True,
         on_death=soup.after_death,
         verb="converting",
-        **dict.fromkeys(("recipe", "method", "base", "parameter", "include", "exclude", "importance", "buffers")),
+        **dict.fromkeys(
+            ("recipe", "method", "base", "parameter", "include", "exclude", "importance", "buffers", "accumulate")
+        ),
         **dict.fromkeys(("coefficients", "as_given", "sweep", "score", "metric", "minimize", "score_timeout")),
     )
 
@@ -83,6 +86,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "dtype": args.dtype,
         "quantize": args.quantize,
         "shard_bytes": args.shard_size and parse_bytes(args.shard_size),
+        **naming_of(args),
     }
     return make_recipe(
         [args.ingredients],

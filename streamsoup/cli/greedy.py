@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.greedy_printing import Table, print_forecast, print_result
 from streamsoup.cli.guard import UsageError
-from streamsoup.cli.options import add_dtype, add_output_options, add_overwrite, add_running_options
+from streamsoup.cli.options import (
+    add_dtype,
+    add_naming_options,
+    add_output_options,
+    add_overwrite,
+    add_running_options,
+    naming_of,
+)
 from streamsoup.cli.pages import SOUP_FILES, add_command, add_showing_options, epilog
 from streamsoup.cli.progress import make_progress
 from streamsoup.units import parse_bytes
@@ -76,6 +83,7 @@ def add_parser(commands: Any) -> None:
         help="where running sums are kept (default: auto, by room)",
     )
     add_output_options(how)
+    add_naming_options(how)
     add_running_options(how)
     add_overwrite(how)
     show = parser.add_argument_group("what to show")
@@ -274,6 +282,7 @@ def _job(args: argparse.Namespace) -> GreedyJob:
         "sums": args.sums,
         "shard_bytes": args.shard_size,
         "buffers": args.buffers,
+        **naming_of(args),
         **_making_options(args),
     }
     # Absolute, so that the run can be resumed from anywhere.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamsoup.cli.printing import on_device
+from streamsoup.cli.printing import naming_json, naming_rows, on_device
 from streamsoup.units import format_binary, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
     each = max(int(c.table.nbytes.sum()) for c in pool.checkpoints.values())
     if as_json:
         more = {"sum_bytes": pool.sum_bytes, "sum_on_disk": on_disk, "devices": [s.to_json() for s in pool.shares]}
-        print(json.dumps({**forecast.to_json(), **more}))
+        print(json.dumps({**forecast.to_json(), **more, **naming_json(pool.touched, pool.left_out)}))
         return
     print(f"greedy soup of {len(job.ingredients)} checkpoints of up to {format_bytes(each)}")
     where = f"{folder}/sums, {forecast.generations} generations" if on_disk else _PLACES[pool.sum_place]
@@ -82,7 +82,7 @@ def print_forecast(job: GreedyJob, folder: Path, *, as_json: bool) -> None:
     if forecast.saved_by_float32_bytes:
         rows.append(("to save disk", f"--sums-dtype float32 saves {format_bytes(forecast.saved_by_float32_bytes)}"))
     rows += [("note", note) for note in pool.notes]
-    for label, text in rows:
+    for label, text in [*naming_rows(pool.touched, pool.left_out), *rows]:
         print(f"  {label:<12} {text}")
 
 
@@ -99,6 +99,8 @@ def print_result(result: GreedyResult) -> None:
         f"{format_bytes(result.bytes_written)} in {format_seconds(result.seconds)}, peak memory "
         f"{format_binary(result.peak_bytes)}"
     )
+    for note in result.notes:
+        print(f"note: {note}")
     if (once := result.at_once) is not None:
         saved = f"{format_seconds(once.saved_seconds)} of waiting, {once.saved_evaluations:.1f} evaluations' worth"
         print(

@@ -8,7 +8,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import compare
+from streamsoup.cli.options import add_naming_options, naming_of
 from streamsoup.cli.pages import EXIT_STATUS, add_command, add_showing_options, epilog
+from streamsoup.cli.printing import naming_json, naming_rows
 from streamsoup.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ _EXAMPLES = (
     ("... tensor by tensor", "streamsoup inspect runs/a --tensors"),
     ("Do they fit together, and if not, where", "streamsoup inspect runs/*"),
     ("How far apart are they, and where do they disagree", "streamsoup inspect --compare runs/* --base start"),
+    ("What is in a repository of the Hugging Face Hub", "streamsoup inspect org/name"),
     ("The same as a page with pictures", "streamsoup inspect --compare runs/* --html report.html"),
 )
 
@@ -41,6 +44,7 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="as in `streamsoup soup`")
+    add_naming_options(parser.add_argument_group("how tensors are named"))
     compare.add_options(parser)
     show = parser.add_argument_group("what to show")
     show.add_argument("--tensors", action="store_true", help="list every tensor")
@@ -54,20 +58,25 @@ def run(args: argparse.Namespace) -> int:
         return compare.run(args)
     compare.refuse_options(args)
     from streamsoup.align import find_mismatches
-    from streamsoup.checkpoints import expand_paths, natural_order, open_checkpoints
+    from streamsoup.checkpoints import Opening, advice_on, expand_paths, natural_order, open_together
 
-    checkpoints = open_checkpoints(natural_order(expand_paths(args.checkpoints)))
+    opening = Opening(**{name: value for name, value in naming_of(args).items() if value is not None})
+    opened = open_together(natural_order(expand_paths(args.checkpoints)), opening)
+    checkpoints = opened.checkpoints
     first = checkpoints[0]
     problems = [p for other in checkpoints[1:] for p in find_mismatches(first, other)]
     if args.json:
         document = {
             "checkpoints": [_facts(c, tensors=args.tensors) for c in checkpoints],
             "problems": problems,
+            **naming_json(opened.touched, opened.left_out),
         }
         print(json.dumps(document))
         return 1 if problems else 0
     for checkpoint in checkpoints:
         _print(checkpoint, tensors=args.tensors)
+    for label, text in naming_rows(opened.touched, opened.left_out):
+        print(f"{label}: {text}")
     if len(checkpoints) > 1:
         if problems:
             print(f"They do not fit together ({len(problems)} difference(s) from {first.path}):")
@@ -75,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"All {len(checkpoints)} fit together: same names, shapes and kinds.")
     for problem in problems:
         print(f"  {problem}")
+    if problems:
+        print(advice_on(checkpoints))
     return 1 if problems else 0
 
 

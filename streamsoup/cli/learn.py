@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.guard import UsageError
-from streamsoup.cli.options import add_dtype, add_output_options, add_overwrite, add_running_options
+from streamsoup.cli.options import (
+    add_dtype,
+    add_naming_options,
+    add_output_options,
+    add_overwrite,
+    add_running_options,
+    naming_of,
+)
 from streamsoup.cli.pages import SOUP_FILES, add_command, add_showing_options, epilog
-from streamsoup.cli.printing import on_device
+from streamsoup.cli.printing import naming_json, naming_rows, on_device
 from streamsoup.cli.progress import make_progress
 from streamsoup.cli.tables import table
 from streamsoup.units import format_binary, format_bytes, format_seconds, parse_bytes
@@ -67,6 +74,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--workdir", metavar="DIR", help="where each step is kept (default: OUT.work, removed at the end)")
     how.add_argument("--restart", action="store_true", help="throw away what was learned by an earlier run")
     add_dtype(how)
+    add_naming_options(how)
     add_output_options(how)
     add_running_options(how)
     add_overwrite(how)
@@ -201,6 +209,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "shard_bytes": args.shard_size,
         "buffers": args.buffers,
         "nonfinite": args.nonfinite,
+        **naming_of(args),
         "budget_bytes": args.budget and parse_bytes(args.budget),
         "device": args.device,
         "device_budget_bytes": args.device_budget and parse_bytes(args.device_budget),
@@ -267,9 +276,10 @@ def _print_forecast(job: Any, args: argparse.Namespace) -> None:
     from streamsoup.learning.forecast import LearnForecast
     from streamsoup.learning.plans import open_pool
 
-    found = LearnForecast.of(job, *open_pool(job))
+    pool, plans = open_pool(job)
+    found = LearnForecast.of(job, pool, plans)
     if args.json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps({**found.to_json(), **naming_json(pool.touched, pool.left_out)}))
         return
     print(f"learned soup of {found.ingredients} checkpoints, {format_bytes(found.bytes_of_ingredients)} together")
     read = found.readings_a_step * found.bytes_of_ingredients
@@ -279,6 +289,7 @@ def _print_forecast(job: Any, args: argparse.Namespace) -> None:
         ("budget", format_binary(found.budget_bytes)),
         ("peak memory", f"{format_binary(found.projected_peak_bytes)} projected, beside the network and its gradient"),
         *[("device", on_device(share)) for share in found.devices],
+        *naming_rows(pool.touched, pool.left_out),
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")

@@ -30,7 +30,7 @@ _METHODS = """\
   linear, slerp, nuslerp, multislerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear,
   breadcrumbs, breadcrumbs_ties, sce, model_stock, passthrough"""
 _REFUSED = """\
-  Models that are not on this disk, LoRA adapters (model+adapter), tokenizers that are rearranged (tokenizer_source:
+  LoRA adapters (model+adapter), tokenizers that are rearranged (tokenizer_source:
   union, tokens, padding), chat_template, modules, mixtures of experts, the methods nearswap, arcee_fusion and ram;
   slices, but for layers picked by passthrough and for one slice of whole models. Keys and parameters that mergekit does
   not know, and leaves out, are refused too. See docs/mergekit.md."""

@@ -45,6 +45,46 @@ def add_quantize(group: Any) -> None:
     )
 
 
+def add_naming_options(group: Any) -> None:
+    """Add what says how tensors are named and found; None where it is not given."""
+    group.add_argument(
+        "--strip-prefix",
+        action="append",
+        metavar="PREFIX",
+        help="take this off the beginning of tensor names that have it, such as module.; may be repeated",
+    )
+    group.add_argument(
+        "--rename",
+        action="append",
+        metavar="OLD=NEW",
+        help="replace what matches the regular expression OLD in tensor names (NEW follows the last =, with \\1 for a "
+        "group); may be repeated, in order",
+    )
+    group.add_argument("--key", metavar="NAME", help="entry of nested torch files that holds the tensors")
+    group.add_argument(
+        "--only-shared",
+        action="store_true",
+        default=None,
+        help="take the tensors that all checkpoints have with one shape, and list all others",
+    )
+
+
+def naming_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of `add_naming_options`, by the names that it has in Python; None where it was not."""
+    from streamsoup.cli.guard import UsageError
+
+    pairs = None if args.rename is None else [text.rpartition("=") for text in args.rename]
+    for (old, equals, _), text in zip(pairs or (), args.rename or (), strict=True):
+        if not old or not equals:
+            raise UsageError(f"--rename {text}: write it as OLD=NEW.")
+    return {
+        "strip_prefix": args.strip_prefix and tuple(args.strip_prefix),
+        "rename": pairs and tuple((old, new) for old, _, new in pairs),
+        "key": args.key,
+        "only_shared": args.only_shared,
+    }
+
+
 def add_running_options(group: Any) -> None:
     """Add what says how bytes are read and worked on; None where it is not given."""
     group.add_argument(

@@ -13,6 +13,7 @@ from streamsoup.methods.catalogue import METHODS
 from streamsoup.units import format_binary, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from streamsoup.checkpoints import LeftOut
     from streamsoup.device_share import DeviceShare
     from streamsoup.execution import SoupResult
     from streamsoup.plan import Plan
@@ -29,7 +30,7 @@ def print_plan(
         "method": recipe.label,
         "ingredients": [{"path": i.path, "weight": i.weight} for i in recipe.ingredients],
         "base": recipe.base,
-        "rules": [{"rule": rule, "tensors": count} for rule, count in plan.touched],
+        **naming_json(plan.touched, plan.left_out),
         "sweeps": plan.method.sweeps + plan.method.whole_sweeps,
         "accumulate": plan.accumulate,
         "tensors": len(plan.table),
@@ -69,7 +70,7 @@ def print_plan(
         ("parameters", format_count(plan.parameters)),
         ("read", f"{format_bytes(plan.bytes_to_read)}, {_reading(plan)} ({_READ_WORDS[mode]})"),
         *([("sweeps", f"{sweeps} (to measure, then to combine)")] if sweeps > 1 else []),
-        *[("rule", f"{rule} ({count:,} tensors)") for rule, count in plan.touched],
+        *naming_rows(plan.touched, plan.left_out),
         *([("sums", "kept in float32, as asked for")] if plan.accumulate == "float32" else []),
         ("write", f"{format_bytes(plan.bytes_to_write)} in {len(plan.layout.shards)} file(s)"),
         ("disk needed", f"{format_bytes(plan.bytes_to_write)}"),
@@ -85,6 +86,20 @@ def print_plan(
     ]
     for label, text in rows:
         print(f"  {label:<12} {text}")
+
+
+def naming_rows(touched: Sequence[tuple[str, int]], left_out: Sequence[LeftOut]) -> list[tuple[str, str]]:
+    """Say what each rule touches, and what does not get into a soup."""
+    rows = [("rule", f"{rule} ({count:,} tensors)") for rule, count in touched]
+    return rows + [("left out", left.in_short) for left in left_out]
+
+
+def naming_json(touched: Sequence[tuple[str, int]], left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """Return the same, all of it, as plain data."""
+    return {
+        "rules": [{"rule": rule, "tensors": count} for rule, count in touched],
+        "left_out": [left.to_json() for left in left_out],
+    }
 
 
 def on_device(share: DeviceShare) -> str:

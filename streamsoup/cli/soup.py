@@ -11,7 +11,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamsoup.cli.options import add_dtype, add_execution_options, add_output_options, add_quantize
+from streamsoup.cli.options import (
+    add_dtype,
+    add_execution_options,
+    add_naming_options,
+    add_output_options,
+    add_quantize,
+    naming_of,
+)
 from streamsoup.cli.pages import SOUP_FILES, add_command, epilog
 from streamsoup.cli.printing import print_plan, print_result
 from streamsoup.units import parse_bytes
@@ -70,7 +77,8 @@ def add_parser(commands: Any) -> None:
         "ingredients",
         nargs="*",
         metavar="CHECKPOINT[:WEIGHT]",
-        help="what to average, each with its weight (default: 1)",
+        help="what to average, each with its weight (default: 1): a .safetensors file, a folder, PyTorch's files, "
+        "org/name[@revision] of the Hugging Face Hub, base+adapter; see docs/ingredients.md",
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="a new folder, or a .safetensors file")
     _add_recipe(parser.add_argument_group("what to make"))
@@ -116,6 +124,7 @@ def _add_recipe(group: Any) -> None:
         metavar="PATTERN",
         help="do not combine tensors with such names; may be repeated (default: none)",
     )
+    add_naming_options(group)
     add_dtype(group)
     add_quantize(group)
     add_output_options(group)
@@ -179,10 +188,13 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError("--resume always waits for the disk. Leave --no-sync out.")
             if args.method or args.base or args.parameter or args.include or args.exclude or args.importance:
                 raise UsageError("--resume keeps method, base and parameters of the interrupted run; give it alone.")
-            if args.dtype or args.quantize or args.shard_size or args.buffers or args.coefficients or args.as_given:
+            if any(value is not None for value in naming_of(args).values()):
+                raise UsageError("--resume names and finds tensors as the interrupted run did; give it alone.")
+            making = ("dtype", "quantize", "shard_size", "buffers", "accumulate", "coefficients", "as_given")
+            if any(getattr(args, name) for name in making):
                 raise UsageError(
-                    "--resume keeps --dtype, --quantize, --shard-size, --buffers and --coefficients of the interrupted "
-                    "run; for others begin anew with --restart."
+                    "--resume keeps --dtype, --quantize, --shard-size, --buffers, --accumulate and --coefficients of "
+                    "the interrupted run; for others begin anew with --restart."
                 )
             result = resume(args.resume, execution, nonfinite=args.nonfinite)
         else:
@@ -295,6 +307,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             ("include", args.include),
             ("exclude", args.exclude),
             ("parameters", _parameters(args.parameter) or None),
+            *naming_of(args).items(),
         )
         if value is not None
     }

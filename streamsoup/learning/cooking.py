@@ -107,7 +107,7 @@ def learn(
         to a step, 1), ``seed`` (0), ``patience`` (epochs without a lower held-out loss, after which to stop); and of
         `PoolOptions`
         ``dtype``, ``budget_bytes``, ``device``, ``device_budget_bytes``, ``workers``, ``read_mode``, ``buffers``,
-        ``nonfinite``, ``shard_bytes``.
+        ``nonfinite``, ``shard_bytes``, ``key``, ``strip_prefix``, ``rename``, ``only_shared``.
 
     Returns
     -------
@@ -241,7 +241,11 @@ class _Kitchen:
             projected_peak_bytes=plans.projected_peak_bytes,
             measured_peak_bytes=sampler.peak_bytes,
             seconds=time.perf_counter() - began,
-            notes=(*warnings_of(job, standing.examples, job.free(passes.varying_groups)), *passes.notes),
+            notes=(
+                *(left.sentence for left in pool.left_out),
+                *warnings_of(job, standing.examples, job.free(passes.varying_groups)),
+                *passes.notes,
+            ),
         )
         if self.publisher is not None:
             self._publish(self.publisher, result, state.id, passes.content_digests)

@@ -203,6 +203,7 @@ def recipe_of(job: LearnJob, of_tensor: Mapping[str, Numbers] | Numbers) -> Reci
         shard_bytes=pool.shard_bytes,
         buffers=pool.buffers,
         nonfinite=pool.nonfinite,
+        **pool.opening.to_options(),
     )
 
 

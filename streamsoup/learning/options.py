@@ -19,6 +19,7 @@ from streamsoup.recipe import read_recipe
 Init = str | Path | GreedyResult | Mapping[str, float] | Sequence[float]
 _OF_POOL = (
     *("dtype", "shard_bytes", "buffers", "nonfinite"),
+    *("key", "strip_prefix", "rename", "only_shared"),
     *("budget_bytes", "device", "device_budget_bytes", "workers", "read_mode"),
 )
 _OF_JOB = ("parametrisation", "temperature", "lr", "weight_decay", "epochs", "accumulate", "seed", "patience")

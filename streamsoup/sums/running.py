@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.candidate import Candidate
-from streamsoup.checkpoints import Checkpoint, held_like, identify, identity_key, identity_to_json
+from streamsoup.checkpoints import Checkpoint, held_like, identify, identity_key, identity_to_json, pinned_path
 from streamsoup.errors import BudgetError, ChangedIngredientError, DestinationError, RecipeError, ResumeError
 from streamsoup.files import lock_folder
 from streamsoup.manifest import content_digests
@@ -88,7 +88,7 @@ class RunningSoup:
         only_grows: bool = False,
         **options: Any,
     ) -> None:
-        paths = [str(like)] if isinstance(like, str | Path) else [str(p) for p in like]
+        paths = [pinned_path(str(p)) for p in ([like] if isinstance(like, str | Path) else like)]
         self.pool = pool or Pool(paths, PoolOptions(**options))
         self._sum = held_like(self.pool.first, self.pool.sum_dtypes, "the running sum")
         self._reserved_bytes = self._buffer_itemsize = 0
@@ -205,7 +205,7 @@ class RunningSoup:
         ------
         MismatchError, NonFiniteError, CheckpointError
         """
-        return self._change(str(path), checked_weight(weight))
+        return self._change(pinned_path(str(path)), checked_weight(weight))
 
     def remove(self, path: str | Path, weight: float | None = None) -> RunningSoup:
         """Take an ingredient out again, or some of its weight; returns itself.
@@ -216,13 +216,14 @@ class RunningSoup:
             If there is not so much of it.
         """
         present = {m.path: m.weight for m in self.members}
-        if str(path) not in present:
+        name = pinned_path(str(path))
+        if name not in present:
             raise RecipeError(f"{path}: is not in the running soup. Remove what was added.")
-        return self._change(str(path), -(present[str(path)] if weight is None else checked_weight(weight)))
+        return self._change(name, -(present[name] if weight is None else checked_weight(weight)))
 
     def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
         """Return the soup with one more (or, with a negative weight, less) ingredient; nothing is read yet."""
-        name = str(path)
+        name = pinned_path(str(path))
         members = merge(self.members, name, math.copysign(checked_weight(abs(weight)), weight))
         if not members:
             raise RecipeError(f"{path}: without it the soup would be empty. Keep one ingredient at least.")
@@ -252,7 +253,7 @@ class RunningSoup:
 
     def alone(self, path: str | Path) -> Candidate:
         """Return the soup of one ingredient."""
-        return self.candidate_of((Member(str(path), 1.0),))
+        return self.candidate_of((Member(pinned_path(str(path)), 1.0),))
 
     def candidate_of(self, members: tuple[Member, ...]) -> Candidate:
         """Return the soup of any members, to be made from them and not from the sum."""
