@@ -98,6 +98,7 @@ def test_what_is_here_wins(cache, tmp_path):
     assert found.path == MODEL
     assert not is_hub_id(MODEL)
     assert resolve(MODEL) == MODEL
+    assert not is_hub_id(f"{Path(MODEL).parent}/slip-of-the-pen")
 
 
 # -- from the cache ----------------------------------------------------------------------------------------------

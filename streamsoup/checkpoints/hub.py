@@ -62,7 +62,8 @@ def is_hub_id(path: str) -> bool:
     found = _ID.fullmatch(path)
     if found is None or "--" in found[1] or ".." in found[1] or os.path.splitext(path)[1] in WEIGHTS:
         return False
-    return not os.path.lexists(path)
+    # A slip of the pen below a folder that is here asks nobody.
+    return not os.path.lexists(path) and not os.path.isdir(path.partition("/")[0])
 
 
 def resolve(path: str) -> str:

@@ -51,16 +51,21 @@ def add_naming_options(group: Any) -> None:
         "--strip-prefix",
         action="append",
         metavar="PREFIX",
-        help="take this off the beginning of tensor names that have it, such as module.; may be repeated",
+        help="take this off the beginning of tensor names that have it, such as module.; may be repeated (default: "
+        "none)",
     )
     group.add_argument(
         "--rename",
         action="append",
         metavar="OLD=NEW",
         help="replace what matches the regular expression OLD in tensor names (NEW follows the last =, with \\1 for a "
-        "group); may be repeated, in order",
+        "group); may be repeated, in order (default: none)",
     )
-    group.add_argument("--key", metavar="NAME", help="entry of nested torch files that holds the tensors")
+    group.add_argument(
+        "--key",
+        metavar="NAME",
+        help="entry of nested torch files that holds the tensors (default: the only one that can be meant)",
+    )
     group.add_argument(
         "--only-shared",
         action="store_true",
