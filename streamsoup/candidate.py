@@ -20,7 +20,8 @@ from streamsoup.layout import Layout
 from streamsoup.methods import Coefficients
 from streamsoup.outcome import Outcome
 from streamsoup.plan import Plan
-from streamsoup.sinks import MemorySink, ModuleSink
+from streamsoup.saving import Origin, save_soup
+from streamsoup.sinks import MemorySink, ModuleSink, as_tensor
 from streamsoup.write import FileSink, Sink
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Candidate:
 
         Returns the folder; where the ingredients are single files, the file in it.
 
-        The files are not made durable: for a soup to keep, use ``streamsoup.soup``.
+        The files are not made durable: for a soup to keep, use `save`.
 
         Raises
         ------
@@ -139,6 +140,46 @@ class Candidate:
         files_only = pool.first.folder is None and len(layout.shards) == 1
         self.path = folder / layout.shards[0].name if files_only else folder
         return self.path
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write it as a soup to keep: durable, in its place only once it is whole, with a manifest.
+
+        Parameters
+        ----------
+        out : path
+            A new folder, or a ``.safetensors`` file.
+        overwrite : bool
+            Replace a soup that stands there.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        DestinationError, DiskSpaceError, MismatchError, NonFiniteError
+            Nothing is left of it then.
+
+        Notes
+        -----
+        It cannot be resumed: where the members are on disk, ``streamsoup.soup`` of `RunningSoup.recipe` can. If a
+        member is not, the manifest says so in its notes, and there is no recipe beside the weights.
+        """
+        pool = self._running.pool
+
+        def fill(sink: Sink) -> Origin:
+            self.stream(sink)
+            return self._running.origin(self.members, is_exact=self.is_exact)
+
+        return save_soup(
+            out,
+            self.plan,
+            [pool.first, *(pool.open(m.path) for m in self.members)],
+            fill,
+            device=pool.backend.name,
+            dtype=pool.options.dtype,
+            overwrite=overwrite,
+        )
 
     def untouched_files(self) -> list[Path]:
         """Files of shards that `write` made; none if somebody changed one since."""
@@ -170,13 +211,11 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
         self._positions = self._plan.table.positions()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        import torch
-
         tensor = self._positions[name]
-        dtype = getattr(torch, self._plan.out_dtype(tensor).torch_name)
-        shape = self._plan.table.shape(tensor)
-        raw = self._candidate.tensor_bytes(tensor)
-        return torch.frombuffer(raw, dtype=dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
+        return as_tensor(self._plan, tensor, self._candidate.tensor_bytes(tensor))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._positions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan.table.names)

@@ -106,6 +106,11 @@ _BY_ANY_NAME = {
 }
 
 
+def find_dtype(text: str) -> DType | None:
+    """Find a dtype of the format by any of its usual names, those of torch and numpy too; None if there is none."""
+    return _BY_ANY_NAME.get(text.removeprefix("torch.").lower())
+
+
 def parse_float_dtype(text: str) -> DType:
     """Find a float dtype by any of its usual names (``bf16``, ``bfloat16``, ``torch.bfloat16``, ``BF16``).
 
@@ -114,7 +119,7 @@ def parse_float_dtype(text: str) -> DType:
     RecipeError
         If no float dtype has that name.
     """
-    dtype = _BY_ANY_NAME.get(str(text).removeprefix("torch.").lower())
+    dtype = find_dtype(str(text))
     if dtype is None or not dtype.is_float:
         choices = ", ".join(d.torch_name for d in BY_NAME.values() if d.is_float)
         raise RecipeError(f"{text!r} is not a float dtype. Choose one of {choices}.")

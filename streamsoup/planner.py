@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from streamsoup.align import align
 from streamsoup.asked import Asked
-from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, LeftOut, TensorTable, out_dtypes_of
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, LeftOut, LiveCheckpoint, TensorTable, out_dtypes_of
 from streamsoup.dtypes import DTYPES, parse_float_dtype
 from streamsoup.errors import RecipeError
 from streamsoup.layout import Layout, lay_out
@@ -75,7 +75,7 @@ def make_plan(
     workers : int
         Most threads.
     staged : bool
-        Whether ingredients are read into buffers, though none of them is computed.
+        Whether ingredients are read into buffers, though none of them is computed, or live and in pieces.
     ahead : bool
         Whether what is mapped is read ahead.
     locked : bool
@@ -115,7 +115,7 @@ def make_plan(
     in_dtypes = {i for c in checkpoints for i in set(c.table.dtypes.tolist())}
     wide = any(DTYPES[i].is_wide for i in in_dtypes.union(out_dtypes.tolist()))
     derived = [c for c in checkpoints if isinstance(c, DerivedCheckpoint)]
-    staged = staged or bool(derived)
+    staged = staged or bool(derived) or any(isinstance(c, LiveCheckpoint) and c.needs_buffers for c in checkpoints)
     reserved_bytes += max((c.scratch_bytes for c in derived), default=0) * (workers + readers)
     held = _held_bytes(method, table, out_dtypes, len(checkpoints))
     needs = TileNeeds(

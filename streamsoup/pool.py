@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,11 @@ from streamsoup.checkpoints import (
     Checkpoint,
     DerivedCheckpoint,
     LeftOut,
+    Opened,
     Opening,
     adapter_notes,
     arranged_like,
+    name_and_choose_like,
     open_checkpoints,
     open_like,
     open_together,
@@ -41,6 +44,7 @@ from streamsoup.plan import Plan
 from streamsoup.planner import make_plan, tensor_bytes
 from streamsoup.read import choose_mode
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
+from streamsoup.sinks import Nowhere
 from streamsoup.source import Source
 from streamsoup.units import parse_bytes
 from streamsoup.write import Sink
@@ -103,8 +107,8 @@ class Pool:
 
     Parameters
     ----------
-    paths : sequence of str
-        The first gives names, order, dtypes and configuration files.
+    paths : sequence of str or Checkpoint
+        The first gives names, order, dtypes and configuration files. A `Checkpoint` is known by its `path` afterwards.
     options : PoolOptions
 
     Attributes
@@ -122,7 +126,7 @@ class Pool:
         Tensors of the checkpoints that get into no soup of the pool.
     """
 
-    paths: Sequence[str]
+    paths: Sequence[Any]
     options: PoolOptions = field(default_factory=PoolOptions)
     progress: Callable[[Progress], None] | None = None
 
@@ -140,6 +144,7 @@ class Pool:
         self.notes = (*adapter_notes(opened), *remarks_of(opened))
         for note in self.notes:
             _log.warning(note)
+        self.paths = [given if isinstance(given, str) else given.path for given in self.paths]
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.
         self.checkpoints: dict[str, Checkpoint] = {
             path: arranged_like(checkpoint, opened[0]) for path, checkpoint in zip(self.paths, opened, strict=True)
@@ -217,16 +222,7 @@ class Pool:
         """
         if path not in self.checkpoints:
             opened = open_like(path, self.options.opening, self.first)
-            (checkpoint,) = opened.checkpoints
-            dtypes = [DTYPES[i] for i in set(checkpoint.table.dtypes.tolist())]
-            mode = choose_mode([checkpoint], self.options.read_mode)
-            if any(d.is_wide for d in dtypes) > self.is_wide or (mode == "plain") > (self.mode == "plain"):
-                what = "lies on a network file system" if mode == "plain" else "has float64 tensors"
-                raise RecipeError(f"{path}: {what}, unlike those named at first. Name it among the first, too.")
-            self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
-            self._is_fp8 |= any(d.is_fp8 for d in dtypes)
-            self.checkpoints[path] = arranged_like(checkpoint, self.first)
-            self.left_out += opened.left_out
+            self._enter(path, opened)
         return self.checkpoints[path]
 
     def opening_of(self, paths: Sequence[str]) -> Opening:
@@ -234,6 +230,31 @@ class Pool:
         whole = self.options.opening
         raw = open_checkpoints(paths, Opening(key=whole.key))
         return opening_of_some(raw, whole, self.first.table.names)
+
+    def enter(self, path: str, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint that is open one of the pool, under this name.
+
+        Raises
+        ------
+        RecipeError
+            If the pool was made for other dtypes, or for files that are read another way.
+        CheckpointError, MismatchError
+            If its names do not go with the pool's.
+        """
+        self._enter(path, name_and_choose_like(checkpoint, self.options.opening, self.first))
+
+    def _enter(self, path: str, opened: Opened) -> None:
+        (checkpoint,) = opened.checkpoints
+        dtypes = [DTYPES[i] for i in set(checkpoint.table.dtypes.tolist())]
+        mode = choose_mode([checkpoint], self.options.read_mode)
+        wider = any(d.is_wide for d in dtypes) > self.is_wide
+        if wider or (mode == "plain") > (self.mode == "plain"):
+            what = "has float64 tensors" if wider else "lies on a network file system"
+            raise RecipeError(f"{path}: {what}, unlike those named at first. Name it among the first, too.")
+        self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
+        self._is_fp8 |= any(d.is_fp8 for d in dtypes)
+        self.checkpoints[path] = arranged_like(checkpoint, self.first)
+        self.left_out += opened.left_out
 
     def plan(
         self,
@@ -309,6 +330,18 @@ class Pool:
         check_copied(plan, engine.outcome, self.options.buffers)
         check_finite(plan, engine.outcome, self.options.nonfinite)
         return engine.outcome
+
+    def compare_copied(self, plan: Plan, sources: Sequence[Source]) -> None:
+        """Check the tensors that are only copied, and write nothing.
+
+        Raises
+        ------
+        MismatchError
+        """
+        self.prepare()
+        engine = Engine(plan, self.backend, sources, Nowhere())
+        engine.run(plan.tiles(averaged=False))
+        check_copied(plan, engine.outcome, self.options.buffers)
 
     def run(self, plan: Plan, sources: Sequence[Source], sink: Sink) -> Outcome:
         """Run a plan of this pool.

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, Shard, TensorTable
+from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint, LiveCheckpoint, Shard, TensorTable
+from streamsoup.checkpoints.live import LiveSource
 from streamsoup.errors import IngredientReadError, RecipeError
 from streamsoup.maps import FileMap, address_of
 from streamsoup.open_files import OpenFiles
@@ -255,6 +256,8 @@ def open_source(checkpoint: Checkpoint, mode: str, files: OpenFiles, *, beside: 
                 for part in checkpoint.parts
             ]
         )
+    if isinstance(checkpoint, LiveCheckpoint):
+        return LiveSource(checkpoint)
     if mode == "map":
         return MappedSource(checkpoint)
     if mode == "gds":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.errors import MismatchError
+from streamsoup.errors import MismatchError, UnsupportedDTypeError
 from streamsoup.plan import Plan
 from streamsoup.source import STRIP_BYTES, PartReader
 from streamsoup.write import Sink
@@ -50,6 +50,43 @@ class MemorySink(Sink):
     def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
         """See `Sink`."""
         self.room(tensor, offset, len(buffer))[:] = buffer
+
+
+def as_tensor(
+    plan: Plan, tensor: int, raw: npt.NDArray[np.uint8], shape: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """View the bytes of a tensor of a soup as one of torch; `shape`: of a part of it.
+
+    Raises
+    ------
+    UnsupportedDTypeError
+        If torch has no such dtype.
+    """
+    import torch
+
+    dtype = torch_dtype(plan, tensor)
+    shape = plan.table.shape(tensor) if shape is None else shape
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
+
+
+def torch_dtype(plan: Plan, tensor: int) -> torch.dtype:
+    """Return the dtype of a tensor of a soup.
+
+    Raises
+    ------
+    UnsupportedDTypeError
+        If torch has none.
+    """
+    import torch
+
+    dtype = plan.out_dtype(tensor)
+    found = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedDTypeError(
+            f"{plan.table.names[tensor]}: {dtype.name} in {plan.checkpoints[0].path}, which torch has no dtype for. "
+            "Write the soup to a file instead."
+        )
+    return found
 
 
 def wait_for_caller(tensors: Iterable[torch.Tensor]) -> None:

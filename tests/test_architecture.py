@@ -21,7 +21,7 @@ FLOORS = """
     windows read storage write backends companions outcome
     tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
-    making soup_plan made sampling
+    making soup_plan made sampling saving
     cook pool candidate sums scorebook
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
     greedy_loop greedy_cook

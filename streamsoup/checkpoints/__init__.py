@@ -15,6 +15,7 @@ from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_d
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.hub import find_snapshot, is_hub_id
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
+from streamsoup.checkpoints.live import LiveCheckpoint, is_live_name, is_state, live_name, open_live
 from streamsoup.checkpoints.naming import (
     Opened,
     name_and_choose,
@@ -41,6 +42,7 @@ __all__ = [
     "DerivedCheckpoint",
     "HeldCheckpoint",
     "LeftOut",
+    "LiveCheckpoint",
     "Opened",
     "Opening",
     "Shard",
@@ -58,9 +60,14 @@ __all__ = [
     "identity_to_json",
     "is_computed",
     "is_hub_id",
+    "is_live_name",
+    "is_state",
+    "live_name",
+    "name_and_choose_like",
     "natural_order",
     "open_checkpoints",
     "open_like",
+    "open_live",
     "open_together",
     "opening_of_some",
     "out_dtypes_of",
@@ -76,8 +83,13 @@ __all__ = [
 ]
 
 
-def open_checkpoints(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> list[Checkpoint]:
+def open_checkpoints(paths: Sequence[str | Checkpoint], opening: Opening = AS_THEY_ARE) -> list[Checkpoint]:
     """Open ingredients in order. Equal headers are parsed once and share their tables.
+
+    Parameters
+    ----------
+    paths : sequence of str or Checkpoint
+        What is open already is returned as it is.
 
     Raises
     ------
@@ -86,7 +98,7 @@ def open_checkpoints(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> li
     return open_together(paths, opening).checkpoints
 
 
-def open_together(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> Opened:
+def open_together(paths: Sequence[str | Checkpoint], opening: Opening = AS_THEY_ARE) -> Opened:
     """Open ingredients as `open_checkpoints` does, and say what became of the names of their tensors.
 
     Raises
@@ -94,7 +106,8 @@ def open_together(paths: Sequence[str], opening: Opening = AS_THEY_ARE) -> Opene
     CheckpointError, MismatchError, RecipeError
     """
     parsed = Parsed()
-    return name_and_choose([_open(path, parsed, opening.key) for path in paths], opening)
+    opened = [_open(path, parsed, opening.key) if isinstance(path, str) else path for path in paths]
+    return name_and_choose(opened, opening)
 
 
 def open_like(path: str, opening: Opening, first: Checkpoint) -> Opened:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints.derived import DerivedCheckpoint, SelectedCheckpoint
+from streamsoup.checkpoints.live import LiveCheckpoint
 from streamsoup.checkpoints.protocol import Checkpoint, StoredCheckpoint
 from streamsoup.checkpoints.table import TensorTable
 
@@ -33,6 +34,8 @@ def select(
     table = checkpoint.table.take(positions, names) if table is None else table
     if isinstance(checkpoint, StoredCheckpoint):
         return replace(checkpoint, table=table)
+    if isinstance(checkpoint, LiveCheckpoint):
+        return checkpoint.take(positions, table)
     if not isinstance(checkpoint, DerivedCheckpoint):
         return StoredCheckpoint(checkpoint.path, checkpoint.folder, checkpoint.shards, table, checkpoint.metadata)
     return SelectedCheckpoint(

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from streamsoup.dtypes import DTYPES
 from streamsoup.maps import bytes_at
 from streamsoup.source import Source
 
+_UNKNOWN = 5000  # beyond any exponent
 _PLAIN_ABOVE = 400
 _PLAIN_UNIT = -500  # of elements that are at least 2^-448
 
@@ -56,6 +58,13 @@ class MeasuringSource(Source):
                 self.extent.unit[position] = min(self.extent.unit[position], unit)
                 self.extent.negative_zero[position] |= negative
         return address
+
+    def resident(self, position: int, offset: int, nbytes: int, device: Any) -> Any | None:
+        """See `Source`; what stays on a device is not measured, and so is never proved exact."""
+        there = self._source.resident(position, offset, nbytes, device)
+        if there is not None:
+            self.extent.above[position] = _UNKNOWN
+        return there
 
     def load(self, position: int, offset: int, nbytes: int) -> None:
         """See `Source`."""
