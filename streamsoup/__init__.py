@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from streamsoup.sweeping import sweep as sweep
     from streamsoup.verifying import Verification as Verification
     from streamsoup.verifying import verify as verify
+    from streamsoup.view import SoupView as SoupView
+    from streamsoup.view import open as open
 
 _HOMES = {
     "Candidate": "candidate",
@@ -51,6 +53,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RunningSoup": "sums",
     "SoupResult": "execution",
+    "SoupView": "view",
     "StreamsoupError": "errors",
     "Verification": "verifying",
     "compare": "comparison",
@@ -58,6 +61,7 @@ _HOMES = {
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "learn": "learning",
+    "open": "view",
     "plan_soup": "soup_plan",
     "read_recipe": "recipe",
     "resume": "cook",

@@ -30,6 +30,15 @@ def reduce_all(
     done = done or {}
     if plan.method.fixed:
         return engine.run(share(ranks, plan, lambda: plan.tiles(averaged=True, done=done)))
+    if engine.work.known is None:
+        look_at_all(plan, engine, ranks)
+    for batch in plan.batches(done):
+        _reduce_batch(plan, engine, batch, done, ranks)
+    return engine.outcome
+
+
+def look_at_all(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> None:
+    """Measure what the method wants of all tensors together, before any is combined."""
     tensors = [t for t in plan.averaged if plan.method.takes(plan.table.names[t])]
     known = Asked(plan.method.whole([plan.info(t) for t in tensors]))
     while known.wants:
@@ -38,8 +47,22 @@ def reduce_all(
         _join(ranks, [known.measurement])
         known.turn()
     engine.work.known = known.value
-    for batch in plan.batches(done):
-        _reduce_batch(plan, engine, batch, done, ranks)
+
+
+def reduce_tensor(plan: Plan, engine: Engine, tensor: int, *, others: Sequence[tuple[int, int]] = ()) -> Outcome:
+    """Combine or copy one tensor.
+
+    Parameters
+    ----------
+    plan : Plan
+    engine : Engine
+    tensor : int
+    others : sequence of (start, elements)
+        Ranges that are not wanted, where nothing is measured first.
+    """
+    if plan.method.fixed or not plan.is_averaged(tensor):
+        return engine.run(plan.tiles_of(tensor, others))
+    _reduce_batch(plan, engine, [tensor], {}, ALONE)
     return engine.outcome
 
 

@@ -35,6 +35,8 @@ class Origin:
     notes : tuple of str
     is_repeatable : bool
         Whether `streamsoup soup` makes the same bits of the recipe, which is then written beside the weights.
+    method : str or None
+        Instead of the recipe's.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Origin:
     digests: Sequence[str]
     notes: tuple[str, ...]
     is_repeatable: bool
+    method: str | None = None
 
 
 def save_soup(
@@ -108,7 +111,8 @@ def _write_side_files(
     workspace: Workspace, plan: Plan, first: Checkpoint, origin: Origin, *, device: str, dtype: str | None
 ) -> None:
     manifest = build_manifest(plan, origin.recipe, origin.identities, origin.digests, device=device, notes=origin.notes)
-    write_durably(workspace.beside(MANIFEST_NAME), manifest_to_json({**manifest, "id": uuid.uuid4().hex}))
+    manifest |= {"id": uuid.uuid4().hex} | ({} if origin.method is None else {"method": origin.method})
+    write_durably(workspace.beside(MANIFEST_NAME), manifest_to_json(manifest))
     if origin.is_repeatable:
         write_durably(workspace.beside(RECIPE_NAME), recipe_to_yaml(with_absolute_paths(origin.recipe)))
     if workspace.destination.is_file:

@@ -52,6 +52,33 @@ class MemorySink(Sink):
         self.room(tensor, offset, len(buffer))[:] = buffer
 
 
+class PartSink(Sink):
+    """Collects a part of one tensor. See `Sink`.
+
+    Parameters
+    ----------
+    begin, nbytes : int
+        Which bytes of the tensor.
+
+    Attributes
+    ----------
+    array : uint8 array, shape (nbytes,)
+    """
+
+    def __init__(self, begin: int, nbytes: int) -> None:
+        self._begin = begin
+        self.array = np.empty(nbytes, np.uint8)
+
+    def room(self, tensor: int, offset: int, nbytes: int) -> memoryview:
+        """See `Sink`."""
+        start = offset - self._begin
+        return self.array[start : start + nbytes].data
+
+    def write(self, tensor: int, offset: int, buffer: memoryview) -> None:
+        """See `Sink`."""
+        self.room(tensor, offset, len(buffer))[:] = buffer
+
+
 def as_tensor(
     plan: Plan, tensor: int, raw: npt.NDArray[np.uint8], shape: tuple[int, ...] | None = None
 ) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Opened, adapter_notes, open_together, quantised, remarks_of
+from streamsoup.checkpoints import Checkpoint, Opened, adapter_notes, open_together, quantised, remarks_of
 from streamsoup.devices import choose_means
 from streamsoup.execution import Execution
 from streamsoup.methods import Method, linear
@@ -40,14 +42,14 @@ def method_of(recipe: Recipe) -> Method:
     return make_method(given)
 
 
-def open_ingredients(recipe: Recipe) -> Opened:
-    """Open all that a recipe reads, as it is read.
+def open_ingredients(recipe: Recipe, known: Mapping[str, Checkpoint] = MappingProxyType({})) -> Opened:
+    """Open all that a recipe reads, as it is read, but for what is `known` already, by path.
 
     Raises
     ------
     CheckpointError, MismatchError, RecipeError
     """
-    opened = open_together(recipe.checkpoints, recipe.opening)
+    opened = open_together([known.get(path, path) for path in recipe.checkpoints], recipe.opening)
     if recipe.quantize is None:
         return opened
     return replace(opened, checkpoints=[quantised(checkpoint) for checkpoint in opened.checkpoints])
@@ -86,6 +88,7 @@ def plan_opened(
     *,
     local_ranks: int = 1,
     worker_bytes: int = 0,
+    own: Method | None = None,
 ) -> tuple[Plan, Execution]:
     """Plan with checkpoints that are open already, wherever the soup may go.
 
@@ -100,6 +103,8 @@ def plan_opened(
         Processes on this machine, which share its cores and memory.
     worker_bytes : int
         What a thread that writes tiles holds beside them.
+    own : Method, optional
+        Instead of the recipe's.
 
     Returns
     -------
@@ -111,7 +116,7 @@ def plan_opened(
     ------
     StreamsoupError
     """
-    method = method_of(recipe)
+    method = method_of(recipe) if own is None else own
     checkpoints = opened.checkpoints
     names = checkpoints[0].table.names
     method, touched = select(method, recipe.include, recipe.exclude, names)

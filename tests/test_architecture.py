@@ -22,7 +22,7 @@ FLOORS = """
     tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
     making soup_plan made sampling saving
-    cook pool candidate sums scorebook
+    cook pool candidate sums scorebook view
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
     greedy_loop greedy_cook
     picture sweeping sliding converting verifying
@@ -158,6 +158,7 @@ PUBLIC = [
     "Recipe",
     "RunningSoup",
     "SoupResult",
+    "SoupView",
     "StreamsoupError",
     "Verification",
     "__version__",
@@ -166,6 +167,7 @@ PUBLIC = [
     "from_mergekit",
     "greedy",
     "learn",
+    "open",
     "plan_soup",
     "read_recipe",
     "resume",
