@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_DIR = HERE.parent / ".bench-env"
 # The module that must be importable in each.
 ENVIRONMENTS = {"torch": "safetensors.torch", "mergekit": "mergekit.scripts.merge_raw_pytorch", "sd-mecha": "sd_mecha"}
+# Of the packages that streamsoup is a part of, for tests: all in one.
+HOSTS = {"lightning": "accelerate, datasets, lightning.pytorch, lm_eval, transformers, zarr"}
 _DONE = "pins.txt"  # written last: an installation that was interrupted is made anew
 
 
@@ -53,7 +55,7 @@ def make(folder: Path, name: str) -> str:
     python = str(target / "bin" / "python")
     required = str(HERE / "pins" / f"{name}.txt")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", required], check=True)
-    subprocess.run([python, "-c", f"import {ENVIRONMENTS[name]}"], check=True)
+    subprocess.run([python, "-c", f"import {(ENVIRONMENTS | HOSTS)[name]}"], check=True)
     (target / _DONE).write_text(pins(name), encoding="utf-8")
     return f"made in {time.perf_counter() - began:.0f} s"
 
@@ -68,7 +70,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help="default: .bench-env below the repository root")
     args = parser.parse_args()
     failed = 0
-    for name in ENVIRONMENTS:
+    for name in ENVIRONMENTS | HOSTS:
         try:
             done = make(args.dir, name)
         except subprocess.CalledProcessError as error:

@@ -27,7 +27,7 @@ FLOORS = """
     greedy_loop greedy_cook
     picture sweeping sliding converting verifying
     comparison_figures comparison_gathering
-    learning comparison bench
+    learning comparison bench hosts
     comparison_pictures comparison_page
     cli
     __main__

@@ -118,6 +118,6 @@ def test_missing_environment_of_a_peer_names_the_command_that_makes_it(tmp_path,
     environments = importlib.import_module("environments")
     with pytest.raises(SystemExit, match=rf"Run python benchmarks/environments.py --dir {tmp_path}"):
         environments.python_of(tmp_path, "mergekit")
-    for name in environments.ENVIRONMENTS:
+    for name in environments.ENVIRONMENTS | environments.HOSTS:
         assert all("==" in line for line in environments.pins(name).split())
         assert "torch==2.13.0" in environments.pins(name).split()

@@ -441,11 +441,10 @@ class RunningSoup:
 
     def _entering(self, members: tuple[Member, ...], path: str, weight: float) -> dict[str, Entered]:
         """With which weights ingredients entered once one more has."""
-        entered = {**self._entered}
-        # The merged weight counts too: the recipe adds it at once.
-        for name, weights in ((path, (weight,)), *((m.path, (m.weight,)) for m in members)):
-            entered[name] = entered[name].also(*weights) if name in entered else Entered.of(*weights)
-        return entered
+        # The merged weight counts too: the recipe adds it at once. Those of the others have entered already.
+        weights = (weight, *(m.weight for m in members if m.path == path))
+        before = self._entered.get(path)
+        return {**self._entered, path: Entered.of(*weights) if before is None else before.also(*weights)}
 
     def _divides(self, members: tuple[Member, ...], entered: dict[str, Entered]) -> bool:
         """Whether the sum is that of their soup, or an exact multiple with an exact divisor."""
