@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
         "examples",
         [
             ["python", "examples/digits/learned.py", "--seeds", "0", "--runs", "3", "--start", "weak"],
-            ["python", "examples/embedding.py"],
+            *(["python", f"examples/embedding/{path.name}"] for path in sorted(ROOT.glob("examples/embedding/*.py"))),
         ],
     ),
     "slow": ("test", [["pytest", "-n", "2", "-m", "slow"]]),

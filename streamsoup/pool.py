@@ -251,7 +251,8 @@ class Pool:
         if wider or (mode == "plain") > (self.mode == "plain"):
             what = "has float64 tensors" if wider else "lies on a network file system"
             raise RecipeError(f"{path}: {what}, unlike those named at first. Name it among the first, too.")
-        self._prepared &= self._is_fp8 or not any(d.is_fp8 for d in dtypes)
+        is_new = isinstance(checkpoint, DerivedCheckpoint) or (any(d.is_fp8 for d in dtypes) and not self._is_fp8)
+        self._prepared &= not is_new
         self._is_fp8 |= any(d.is_fp8 for d in dtypes)
         self.checkpoints[path] = arranged_like(checkpoint, self.first)
         self.left_out += opened.left_out

@@ -23,6 +23,7 @@ from streamsoup.checkpoints import (
     live_name,
     open_live,
     pinned_path,
+    prepare_derived,
     verify_unchanged,
 )
 from streamsoup.dtypes import DTYPES
@@ -61,6 +62,7 @@ def open(
     workers: int | None = None,
     read_mode: str = "auto",
     progress: Callable[[Progress], None] | None = None,
+    backend: Backend | None = None,
     **options: Any,
 ) -> SoupView:
     """Open a checkpoint, or the soup of several, as a mapping of names to tensors. Headers alone are read for it.
@@ -76,9 +78,12 @@ def open(
         By name, or an object of your own: anything that satisfies `streamsoup.methods.Method`.
     budget_bytes, device, device_budget_bytes, workers, read_mode, progress
         See `Execution`.
+    backend : Backend, optional
+        A device of your own, instead of one by name: anything that satisfies `streamsoup.backends.protocol.Backend`.
     **options
         ``parameters``, ``importances``, ``include``, ``exclude``, ``key``, ``strip_prefix``, ``rename``,
-        ``only_shared``, ``dtype``, ``quantize``, ``shard_size``, ``buffers``, ``nonfinite``, ``accumulate``: as in `streamsoup.soup`.
+        ``only_shared``, ``dtype``, ``quantize``, ``shard_size``, ``buffers``, ``nonfinite``, ``accumulate``: as in
+        `streamsoup.soup`.
 
     Returns
     -------
@@ -104,7 +109,7 @@ def open(
             raise RecipeError(
                 f"{said[0] if method == 'linear' else 'method'}: is the recipe's to say. Change the recipe."
             )
-        return SoupView(with_pinned_ids(ingredients), execution)
+        return SoupView(with_pinned_ids(ingredients), execution, backend=backend)
     several = isinstance(ingredients, Sequence) and not isinstance(ingredients, str)
     named = _Named()
     paths = [named.name(one) for one in (ingredients if several else [ingredients])]
@@ -125,7 +130,7 @@ def open(
         )
     except TypeError as error:
         raise RecipeError(f"{error}. See streamsoup.open for the options that there are.") from None
-    return SoupView(recipe, execution, opened=named.opened, method=own)
+    return SoupView(recipe, execution, opened=named.opened, method=own, backend=backend)
 
 
 class _Named:
@@ -164,6 +169,8 @@ class SoupView(Mapping[str, "torch.Tensor"]):
         Ingredients that are open already.
     method : Method, optional
         Instead of the recipe's.
+    backend : Backend, optional
+        Instead of the execution's devices.
 
     Attributes
     ----------
@@ -184,6 +191,7 @@ class SoupView(Mapping[str, "torch.Tensor"]):
         *,
         opened: Mapping[str, Any] | None = None,
         method: Method | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan, settled = plan_opened(recipe, open_ingredients(recipe, opened or {}), None, execution, own=method)
@@ -191,7 +199,7 @@ class SoupView(Mapping[str, "torch.Tensor"]):
         self._execution = execution
         self._own_method = method
         self._opened = dict(opened or {})
-        self._backend: Backend = open_backend(execution.device, execution.device_budget_bytes)
+        self._backend = backend or open_backend(execution.device, execution.device_budget_bytes)
         self._backend.shares(self.plan.tiling, self.plan.needs)
         self._positions = self.plan.table.positions()
         self._known: object = None
@@ -295,7 +303,7 @@ class SoupView(Mapping[str, "torch.Tensor"]):
             self.recipe,
             [identity_to_json(identify(checkpoint)) for checkpoint in plan.checkpoints],
             content_digests(plan, outcome.digests),
-            (*notes, *more),
+            (*plan.notes, *notes, *more),
             is_repeatable=own is None and not self._opened,
             method=None if own is None else own.name,
         )
@@ -332,6 +340,7 @@ class SoupView(Mapping[str, "torch.Tensor"]):
             self._backend.prepare(
                 wide=any(d.is_wide for d in dtypes), fp8=any(d.is_fp8 for d in dtypes), measured=not plan.method.fixed
             )
+            prepare_derived(plan.checkpoints)
             with open_sources(plan.checkpoints, self._mode) as sources:
                 engine = Engine(plan, self._backend, sources, sink, progress=self._execution.progress)
                 if not self._has_looked:

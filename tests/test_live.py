@@ -451,3 +451,17 @@ def test_states_on_a_gpu_are_folded_where_they_are(tmp_path, place, only_grows):
     assert same(dict(running.mean().tensors()), expected)
     live = open_live({n: t.cuda() for n, t in given[0].items()}, "x")
     assert LiveSource(live).resident(0, 8, 16, torch.device("cuda:0")).data_ptr() == live.arrays[0].data_ptr() + 8
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed"])
+def test_memory_stays_under_the_budget_while_a_state_is_folded_in(tmp_path, kind):
+    from streamsoup.budget import PeakSampler
+
+    tensor = torch.randn(3000, 4000)  # 48 MB, and a sum of 96
+    state = {"w": tensor if kind == "plain" else tensor.t().contiguous().t()}
+    with streamsoup.RunningSoup(state, folder=tmp_path / "sums", budget_bytes="24MiB", workers=2) as running:
+        running.add({"w": torch.zeros(3000, 4000)})  # imports, compiles
+        with PeakSampler() as sampler:
+            running.add(state)
+        assert 0 < sampler.peak_bytes <= 24 << 20
+        assert torch.equal(running.mean().tensors()["w"][:5], tensor[:5] / 2)

@@ -315,7 +315,7 @@ class RunningSoup:
         identities = [[] if m.path in live else identity_to_json(identify(self.pool.open(m.path))) for m in members]
         digests = [self.content_digests.get(m.path, "") for m in members]
         repeatable = is_exact and not live and members[0].path == self.pool.first.path
-        return Origin(recipe, identities, digests, self._live.notes(members), repeatable)
+        return Origin(recipe, identities, digests, (*self.pool.notes, *self._live.notes(members)), repeatable)
 
     def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
         """Return the soup with one more (or, with a negative weight, less) ingredient on disk; nothing is read yet."""
@@ -599,8 +599,10 @@ class RunningSoup:
             )
         files = [m.path for m in members if not is_live_name(m.path)]
         missing = [path for path in files if gone == "keep" and _is_gone(path)]
-        paths = [*_checkpoints_of(like), *(path for path in files if path not in missing)]
-        running = RunningSoup(list(dict.fromkeys(paths)), folder=folder, existing=True, **options)
+        given = _checkpoints_of(like)
+        known = {*missing, *(one for one in given if isinstance(one, str))}
+        paths = [*given, *(path for path in files if path not in known)]
+        running = RunningSoup(paths, folder=folder, existing=True, **options)
         assert isinstance(running._store, GenerationStore)
         running._live.know_again(rows, missing, running._store.content_digests)
         for path, _, key in rows:

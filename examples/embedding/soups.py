@@ -1,6 +1,6 @@
 """streamsoup inside another program: soups, running sums and greedy soups from Python, in a second.
 
-python examples/embedding.py
+python examples/embedding/soups.py
 """
 
 from __future__ import annotations
