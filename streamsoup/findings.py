@@ -39,7 +39,7 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
         If `nonfinite` is ``error``; it lists every offending ingredient and tensor. If it is ``keep``, of numbers that
         are too large for the output.
     """
-    names = plan.table.names
+    names, single = plan.table.names, plan.accumulate == "float32"
     found = [
         f"{names[tensor]}: {count:,} NaN or infinite element(s) in {plan.checkpoints[ingredient].path}."
         for (ingredient, tensor), count in sorted(outcome.nonfinite.items())
@@ -49,6 +49,7 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
         if tensor in spoilt:  # what was measured of it is NaN, and so is all that follows
             continue
         dtype = plan.out_dtype(tensor).torch_name or "a running sum"
+        dtype += single * ", or their sum was for float32"
         found.append(f"{names[tensor]}: {count:,} element(s) of the soup are too large for {dtype}.")
     if nonfinite == "keep" and outcome.nonfinite:
         found = found[len(outcome.nonfinite) :]
@@ -57,7 +58,7 @@ def check_finite(plan: Plan, outcome: Outcome, nonfinite: str) -> list[str]:
         if outcome.nonfinite and nonfinite == "error":
             advice.append("Leave these ingredients out, or resume with --nonfinite warn.")
         if outcome.overflowed:
-            advice.append("Choose a wider --dtype.")
+            advice.append("Leave --accumulate out, or choose a wider --dtype." if single else "Choose a wider --dtype.")
         raise NonFiniteError(found, " ".join(advice))
     if nonfinite == "keep" and outcome.nonfinite:
         (_, tensor), count = min(outcome.nonfinite), sum(outcome.nonfinite.values())

@@ -20,7 +20,6 @@ from streamsoup.methods.protocol import TensorInfo
 from streamsoup.tiling import TileNeeds, Tiling, row_unit
 
 _WIDE = np.array([d.is_wide for d in DTYPES])
-_WIDE_LEAST = 2.0**-400
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
 # Tensors that are measured tile by tile at a time.

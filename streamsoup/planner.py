@@ -24,7 +24,9 @@ from streamsoup.plan import MOST_MEASURED, Plan
 from streamsoup.recipe import DEFAULT_SHARD_BYTES
 from streamsoup.tiling import BLOCK_ELEMENTS, READERS, TileNeeds, choose_tiling, piece_bytes, row_unit
 
-_WIDE_LEAST = 2.0**-400
+# Of exponents of weights: within the first, double-double arithmetic was proved; beyond the second, a float32 has fewer
+# bits, or none.
+_MOST_WIDE, _MOST_SINGLE = 400, 126
 _FLOAT = np.array([d.is_float for d in DTYPES])
 _WIDE = np.array([d.is_wide for d in DTYPES])
 _ITEMSIZE = np.array([d.itemsize for d in DTYPES], np.int64)
@@ -155,8 +157,9 @@ def make_plan(
     )
     if accumulate == "float32":
         _refuse_single(plan)
+        _refuse_extreme(plan, _MOST_SINGLE, "sums in float32")
     if wide:
-        _refuse_extreme(plan)
+        _refuse_extreme(plan, _MOST_WIDE, "float64 tensors")
     for tensor in plan.averaged:  # parameters that cannot be are told of now, not when the tensor comes
         if method.fixed:
             plan.numbers(tensor)
@@ -188,7 +191,10 @@ def _least_elements(method: Method, table: TensorTable, out_dtypes: npt.NDArray[
 def _refuse_single(plan: Plan) -> None:
     """Refuse sums in float32 where more was promised."""
     if not plan.method.fixed:
-        raise RecipeError("accumulate: only fixed coefficients are summed in float32. Leave it out for this method.")
+        raise RecipeError(
+            f"accumulate: only fixed coefficients are summed in float32, and method {plan.method.name} measures. Leave "
+            "accumulate out."
+        )
     for checkpoint in plan.checkpoints:
         if (found := np.flatnonzero(_WIDE[checkpoint.table.dtypes])).size:
             raise RecipeError(
@@ -199,8 +205,8 @@ def _refuse_single(plan: Plan) -> None:
         raise RecipeError("accumulate: a float64 soup is not summed in float32. Leave accumulate or dtype out.")
 
 
-def _refuse_extreme(plan: Plan) -> None:
-    """Refuse what double-double arithmetic, which scales large numbers, was not proved for."""
+def _refuse_extreme(plan: Plan, most: int, what: str) -> None:
+    """Refuse weights beyond 2^-most and 2^most, for which the arithmetic of `what` is not made."""
     previous = None
     checkpoints = plan.checkpoints
     for tensor in plan.averaged if plan.method.fixed else ():
@@ -212,9 +218,9 @@ def _refuse_extreme(plan: Plan) -> None:
             *((w, c.path) for w, c in zip(numbers.weights, checkpoints, strict=True)),
             (numbers.divisor[0], "their sum"),
         ]:
-            if number and not _WIDE_LEAST <= abs(number) <= 1 / _WIDE_LEAST:
+            if number and not 2.0**-most <= abs(number) <= 2.0**most:
                 raise RecipeError(
-                    f"{where}: weight {number:g}; with float64 tensors they lie between 2^-400 and 2^400. Scale them."
+                    f"{where}: weight {number:g}; with {what} they lie between 2^-{most} and 2^{most}. Scale them."
                 )
 
 

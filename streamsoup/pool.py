@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -85,6 +85,19 @@ class PoolOptions:
     rename: tuple[tuple[str, str], ...] = ()
     only_shared: bool = False
     leave_out: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> PoolOptions:
+        """Make a value of options as they were given.
+
+        Raises
+        ------
+        RecipeError
+            If one is unknown: what a soup alone may be asked for, such as `accumulate`, included.
+        """
+        if unknown := sorted(options.keys() - {one.name for one in fields(PoolOptions)}):
+            raise RecipeError(f"{unknown[0]}: running sums have no such option. Leave it out.")
+        return PoolOptions(**options)
 
     def __post_init__(self) -> None:
         self.opening.put_into(self)

@@ -12,7 +12,8 @@ import pytest
 from factory import read_checkpoint, realistic, same_bits, write_checkpoint
 
 import streamsoup
-from streamsoup.errors import RecipeError
+from streamsoup.errors import ChangedIngredientError, NonFiniteError, RecipeError
+from streamsoup.journal import Journal
 from streamsoup.recipe import Ingredient, Recipe, recipe_from_mapping, recipe_to_mapping
 from streamsoup.tiling import choose_tiling
 
@@ -75,15 +76,36 @@ def test_the_output_is_rounded_once_more(runs, made, tmp_path):
 
 def test_what_overflows_on_the_way_is_reported(tmp_path):
     paths = [write_checkpoint(tmp_path / f"r{i}", {"w": np.full(4, 3e38, np.float32)}) for i in range(2)]
-    with pytest.raises(streamsoup.StreamsoupError, match="w"):
+    with pytest.raises(NonFiniteError, match=r"w: 4 .*or their sum was for float32.*Leave --accumulate out"):
         streamsoup.soup(paths, tmp_path / "soup", accumulate="float32")
     streamsoup.soup(paths, tmp_path / "exact")
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_nothing_is_flushed_to_zero(tmp_path, device):
+    """Subnormal ingredients, products, sums and quotients."""
+    numbers = np.array([1, 3, 0x7FFFFF, 0x800000, 0x800001, 0x80000001], np.uint32).view(np.float32)
+    paths = [str(write_checkpoint(tmp_path / f"r{i}", {"w": np.roll(numbers, i)})) for i in range(3)]
+    streamsoup.soup(paths, tmp_path / "soup", weights=WEIGHTS, accumulate="float32", device=device)
+    assert same_bits(read_checkpoint(tmp_path / "soup"), reference(paths, WEIGHTS))
+
+
+def test_a_soup_of_equal_numbers_may_be_another_number(tmp_path):
+    """What float64 promises, float32 cannot, for outputs as fine as the sums; of 16 bits it can."""
+    same = [str(write_checkpoint(tmp_path / f"r{i}", realistic(0, SHAPES, "F32"))) for i in range(7)]
+    streamsoup.soup(same, tmp_path / "soup", accumulate="float32")
+    assert not same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(Path(same[0])))
+    same = [str(write_checkpoint(tmp_path / f"s{i}", realistic(0, SHAPES, "BF16"))) for i in range(7)]
+    streamsoup.soup(same, tmp_path / "half", accumulate="float32", weights=[0.1 * i for i in range(1, 8)])
+    assert same_bits(read_checkpoint(tmp_path / "half"), read_checkpoint(Path(same[0])))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "karcher"}, "fixed coefficients"),
+        ({"method": "karcher"}, "fixed coefficients.*karcher measures"),
+        ({"weights": [1.0, 1e-39, 1.0]}, r"run1: weight 1e-39; with sums in float32 .* 2\^-126"),
+        ({"coefficients": [1.0, 1.0, 1e39]}, r"run2: weight 1e\+39; with sums in float32"),
         ({"dtype": "float64"}, "float64 soup"),
         ({"accumulate": "float16"}, "not one of float64, float32"),
     ],
@@ -98,6 +120,45 @@ def test_float64_tensors_are_named(tmp_path, runs):
     double = write_checkpoint(tmp_path / "double", realistic(3, SHAPES, "F64"))
     with pytest.raises(RecipeError, match=r"a\.weight.*float64.*double"):
         streamsoup.soup([*runs, double], tmp_path / "soup", accumulate="float32")
+
+
+def test_what_has_numerics_of_its_own_has_no_such_option(runs, tmp_path):
+    with pytest.raises(RecipeError, match="accumulate"):
+        streamsoup.RunningSoup(runs, accumulate="float32")
+    with pytest.raises(RecipeError, match="accumulate"):
+        next(iter(streamsoup.sliding_averages(runs, 2, accumulate="float32")))
+    with pytest.raises(RecipeError, match="accumulate"):
+        streamsoup.greedy(runs, tmp_path / "soup", score=len, accumulate="float32")
+    with pytest.raises(RecipeError, match="accumulate"):  # there it means batches
+        streamsoup.learn(runs, None, len, [], tmp_path / "soup", accumulate="float32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_work_goes_on_as_it_was_begun(runs, made, tmp_path, monkeypatch, cli):
+    appended = Journal.append
+
+    def append_some(self, records):
+        appended(self, records[:1])
+        raise ZeroDivisionError
+
+    def begun(out):
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", append_some)
+            with pytest.raises(ZeroDivisionError):
+                streamsoup.soup(runs, out, weights=WEIGHTS, accumulate="float32")
+
+    begun(tmp_path / "soup")
+    refused = cli("soup", "--resume", tmp_path / "soup", "--accumulate", "float64")
+    assert refused.returncode == 2
+    assert "--accumulate" in refused.stderr
+    job = tmp_path / "soup.partial" / "job.json"
+    told = json.loads(job.read_text())
+    job.write_text(json.dumps(told | {"recipe": told["recipe"] | {"accumulate": "float64"}}))
+    with pytest.raises(ChangedIngredientError, match="--restart"):
+        streamsoup.resume(tmp_path / "soup")
+    begun(tmp_path / "other")
+    streamsoup.resume(tmp_path / "other", streamsoup.Execution(device="torch:cpu"))
+    assert same_bits(read_checkpoint(tmp_path / "other"), read_checkpoint(made))
 
 
 def test_it_belongs_to_the_recipe(runs, made):
@@ -117,3 +178,15 @@ def test_command_line(runs, made, tmp_path, cli):
     assert "kept in float32" in done.stdout
     assert cli("soup", *weighted, "-o", tmp_path / "soup", "--accumulate", "float32").returncode == 0
     assert same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(made))
+
+
+def test_recipes_of_mergekit(runs, made, tmp_path, cli):
+    models = [{"model": path, "parameters": {"weight": w}} for path, w in zip(runs, WEIGHTS, strict=True)]
+    config = tmp_path / "linear.yml"
+    config.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    assert cli("mergekit", config, tmp_path / "soup", "--accumulate", "float32").returncode == 0
+    assert same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(made))
+    config.write_text(json.dumps({"merge_method": "karcher", "models": [{"model": path} for path in runs]}))
+    refused = cli("mergekit", config, tmp_path / "other", "--accumulate", "float32")
+    assert refused.returncode == 1
+    assert "fixed coefficients" in refused.stderr

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli import soup
-from streamsoup.cli.options import add_execution_options, add_output_options
+from streamsoup.cli.options import add_accumulate, add_execution_options, add_output_options
 from streamsoup.cli.pages import SOUP_FILES, add_command, epilog
 from streamsoup.units import parse_bytes
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from streamsoup.recipe import Recipe
 
 _DESCRIPTION = """\
-Merge checkpoints by a recipe in mergekit's YAML, through this engine: computed in float64 whatever its dtype says,
-which is, like out_dtype, the dtype of the soup. Every tensor of the checkpoints is merged, under its own name; mergekit
-takes those that it knows the architecture to have."""
+Merge checkpoints by a recipe in mergekit's YAML, through this engine: computed in float64 whatever its dtype says
+(but see --accumulate), which is, like out_dtype, the dtype of the soup. Every tensor of the checkpoints is merged,
+under its own name; mergekit takes those that it knows the architecture to have."""
 _CONFIG = """\
     merge_method: ties
     base_model: runs/start
@@ -61,6 +61,7 @@ def add_parser(commands: Any) -> None:
         help="of methods that drop at random; they are not mergekit's numbers (default: 0)",
     )
     add_output_options(recipe)
+    add_accumulate(recipe)
     add_execution_options(parser, resumes=False)
     parser.set_defaults(
         run=soup.run,
@@ -86,4 +87,5 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         shard_bytes=parse_bytes(args.shard_size) if args.shard_size else recipe.shard_bytes,
         buffers=args.buffers or recipe.buffers,
         nonfinite=args.nonfinite or recipe.nonfinite,
+        accumulate=args.accumulate or recipe.accumulate,
     )

@@ -35,6 +35,15 @@ def add_dtype(group: Any) -> None:
     )
 
 
+def add_accumulate(group: Any) -> None:
+    """Add in what sums are kept."""
+    group.add_argument(
+        "--accumulate",
+        choices=("float64", "float32"),
+        help="in what sums are kept; float32 is less exact, for GPUs that are slow in float64 (default: float64)",
+    )
+
+
 def add_quantize(group: Any) -> None:
     """Add writing with scales."""
     group.add_argument(

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.cli.options import (
+    add_accumulate,
     add_dtype,
     add_execution_options,
     add_naming_options,
@@ -128,11 +129,7 @@ def _add_recipe(group: Any) -> None:
     add_dtype(group)
     add_quantize(group)
     add_output_options(group)
-    group.add_argument(
-        "--accumulate",
-        choices=("float64", "float32"),
-        help="in what sums are kept; float32 is less exact, for GPUs that are slow in float64 (default: float64)",
-    )
+    add_accumulate(group)
     group.add_argument(
         "--as-given", action="store_true", help="keep the order of the arguments, even if it is alphabetical"
     )

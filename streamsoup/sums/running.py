@@ -121,7 +121,7 @@ class RunningSoup:
         only_grows: bool = False,
         **options: Any,
     ) -> None:
-        self.pool = pool or Pool(_checkpoints_of(like), PoolOptions(**options))
+        self.pool = pool or Pool(_checkpoints_of(like), PoolOptions.of(options))
         self._live = LiveMembers(self.pool)
         self._sum = held_like(self.pool.first, self.pool.sum_dtypes, "the running sum")
         self._reserved_bytes = self._buffer_itemsize = 0
