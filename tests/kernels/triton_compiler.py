@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from streamsoup.kernels.codes import F64, ITEMSIZE
 from streamsoup.kernels.triton_loops import OPTIONS, combine_blocks, gram_blocks
 
+NARROW = [code for code in range(8) if code != F64]
 POINTERS = {1: "*u8", 2: "*u16", 4: "*u32", 8: "*u64"}
 
 
@@ -70,9 +71,16 @@ def main() -> None:
             found.append(combined(capability, constants(code, code, code, hashed=True, whole=capability == 90)))
         found.append(combined(90, constants(F64, code, (code + 3) % 8, hashed=False, whole=code % 2 == 0)))
     gram = [multiplied({"CODE": code, "CENTRED": code % 2 == 0, "WHOLE": code < 2}) for code in (0, 1, 2, 4)]
-    single = [combined(90, constants(F64, c, c, hashed=False, whole=True, single=True)) for c in range(8) if c != F64]
-    fused = combined(90, constants(0, 0, 0, hashed=True, whole=True), enable_fp_fusion=True)
-    json.dump({"found": found, "gram": gram, "single": single, "fused": fused}, sys.stdout)
+    # A later group, and a soup, as above.
+    kinds = [constants(first, c, c, hashed=False, whole=True, single=True) for c in NARROW for first in (F64, c)]
+    single = [combined(90 - 10 * (k % 2), kind) for k, kind in enumerate(kinds)]
+    fused, fused_single = (
+        combined(90, constants(0, 0, 0, hashed=True, whole=True, single=s), enable_fp_fusion=True)
+        for s in (False, True)
+    )
+    json.dump(
+        {"found": found, "gram": gram, "single": single, "fused": fused, "fused single": fused_single}, sys.stdout
+    )
 
 
 if __name__ == "__main__":
