@@ -1,4 +1,4 @@
-"""Add sources to float64 accumulators, one vector loop for each dtype, as LLVM IR.
+"""Add sources to float64 or float32 accumulators, one vector loop for each dtype, as LLVM IR.
 
 The accumulators of 32 elements stay in registers over a group of sources: float32 is summed at 46 GB/s, float16 and
 bfloat16 at 14-15 (Zen 3, one core, data in L1): there the conversions to float64, four a cycle, set the pace. Loops
@@ -22,7 +22,7 @@ from .given import SLOT
 from .halves import singles_from_halves
 from .vectors import F32, F64, I16, I32, I64, constant, load, part, plus, splat, store, vector
 
-__all__ = ["add_bf16", "add_f16", "add_f32", "add_f64"]
+__all__ = ["TO_F32", "TO_F64"]
 
 LANES = 32
 """Elements a step: eight AVX2 registers of accumulators, the most that leave room to work."""
@@ -52,16 +52,26 @@ def _f64(builder: Any, address: Any, count: int) -> Any:
     return load(builder, address, vector(F64, count))
 
 
-def _adder(itemsize: int, read: Any) -> Any:
+def _as(builder: Any, value: Any, real: Any) -> Any:
+    """Turn float32 into float64 or back, lane by lane, if it is not that already."""
+    kind = vector(real, value.type.count)
+    if value.type == kind:
+        return value
+    return builder.fpext(value, kind) if real == F64 else builder.fptrunc(value, kind)
+
+
+def _adder(itemsize: int, read: Any, real: Any) -> Any:
+    size = 8 if real == F64 else 4
+    widest = 32 // size
+
     def values(builder: Any, address: Any, lanes: int) -> list[Any]:
-        """Return consecutive elements as float64 vectors of at most four."""
+        """Return consecutive elements as vectors of at most 32 bytes, of the accumulators' type."""
         count = min(lanes, 8)
         found = []
         for first in range(0, lanes, count):
             read_ones = read(builder, plus(builder, address, first * itemsize), count)
-            for four in range(0, count, min(count, 4)):
-                ones = part(builder, read_ones, four, min(count, 4))
-                found.append(ones if itemsize == 8 else builder.fpext(ones, vector(F64, ones.type.count)))
+            for at in range(0, count, min(count, widest)):
+                found.append(_as(builder, part(builder, read_ones, at, min(count, widest)), real))
         return found
 
     @intrinsic
@@ -78,16 +88,17 @@ def _adder(itemsize: int, read: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             pointers, weights, sources, offset, count, acc, fresh, slots, word = arguments
             restart = builder.icmp_signed("!=", fresh, ir.Constant(I64, 0))
-            eight, hashing = ir.Constant(I64, 8), builder.icmp_signed("!=", slots, ir.Constant(I64, 0))
+            eight, bytes_each = ir.Constant(I64, 8), ir.Constant(I64, size)
+            hashing = builder.icmp_signed("!=", slots, ir.Constant(I64, 0))
 
             def step(at: Any, lanes: int) -> None:
-                kind = vector(F64, min(lanes, 4))
-                home = builder.add(acc, builder.mul(at, eight))
+                kind = vector(real, min(lanes, widest))
+                home = builder.add(acc, builder.mul(at, bytes_each))
                 inside = builder.add(offset, builder.mul(at, ir.Constant(I64, itemsize)))
                 sums = [cgutils.alloca_once(builder, kind) for _ in range(lanes // kind.count)]
                 for number, one in enumerate(sums):
                     held = load(builder, plus(builder, home, 32 * number), kind)
-                    builder.store(builder.select(restart, constant(F64, kind.count, -0.0), held), one)
+                    builder.store(builder.select(restart, constant(real, kind.count, -0.0), held), one)
                 at_word = builder.add(word, builder.udiv(builder.mul(at, ir.Constant(I64, itemsize)), eight))
                 numbers = counters(builder, at_word, LANES * itemsize // 32)
                 with cgutils.for_range(builder, sources) as source:
@@ -98,7 +109,8 @@ def _adder(itemsize: int, read: Any) -> Any:
                             slot = builder.add(slots, builder.mul(source.index, ir.Constant(I64, SLOT)))
                             absorb(builder, base, numbers, slot)
                     terms = values(builder, base, lanes)
-                    weight = splat(builder, load(builder, builder.add(weights, entry), F64), kind.count)
+                    factor = _as(builder, load(builder, builder.add(weights, entry), vector(F64, 1)), real)
+                    weight = splat(builder, builder.extract_element(factor, ir.Constant(I32, 0)), kind.count)
                     for one, term in zip(sums, terms, strict=True):
                         builder.store(builder.fadd(builder.load(one), builder.fmul(weight, term)), one)
                 for number, one in enumerate(sums):
@@ -120,7 +132,10 @@ def _adder(itemsize: int, read: Any) -> Any:
     return add
 
 
-add_bf16 = _adder(2, _bf16)
-add_f16 = _adder(2, _f16)
-add_f32 = _adder(4, _f32)
-add_f64 = _adder(8, _f64)
+_READS = ((2, _bf16), (2, _f16), (4, _f32), (8, _f64))
+
+TO_F64 = tuple(_adder(itemsize, read, F64) for itemsize, read in _READS)
+"""For sources of bfloat16, float16, float32 and float64, in that order."""
+
+TO_F32 = tuple(_adder(itemsize, read, F32) for itemsize, read in _READS)
+"""As TO_F64, to float32 accumulators: weights and products are rounded to float32, too."""

@@ -15,9 +15,9 @@ __all__ = ["combine", "combine_single", "combine_wide", "digest", "read_sum"]
 
 
 @cache
-def _prepared() -> tuple[Any, int, int]:
+def _prepared(name: str) -> tuple[Any, int, int]:
     reals, integers = encoder_parameters()
-    return entry("combine"), reals.ctypes.data, integers.ctypes.data
+    return entry(name), reals.ctypes.data, integers.ctypes.data
 
 
 @lru_cache(1024)
@@ -30,20 +30,38 @@ def _at(array: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(array))
 
 
+# As `_choices` where one loop divides by itself, and no proof applies.
+_NO_CHOICE = (1.0, 0), (0, 0, 0)
+
+
+def _call(
+    name: str,
+    sources: tuple[Any, ...],
+    divisor: float,
+    chosen: tuple[Any, ...],
+    place: tuple[int, ...],
+    found: tuple[Any, ...],
+) -> int:
+    """Call a loop that takes what `combine` does; how to divide, and where the proof applies, was chosen."""
+    loop, reals, integers = _prepared(name)
+    (reciprocal, mode), bounds = chosen
+    count = len(sources[0])
+    room = scratch(count)
+    rows = (count, *map(_at, sources[1:]))
+    return int(
+        loop(
+            _at(sources[0]), *rows, divisor, reciprocal, mode, *place, *map(_at, found), reals, integers, *bounds,
+            _at(room),
+        )
+    )  # fmt: skip
+
+
 @cache
 def _prepared_wide() -> tuple[Any, Any, Any, int, Any, Any]:
     from . import native, native_wide
 
     functions = native.wide_loop(), native_wide.wide_scratch, native_wide.inverse_of
     return *functions, decode_tables().ctypes.data, *encoder_parameters()
-
-
-@cache
-def _prepared_single() -> tuple[Any, Any, int, Any, Any]:
-    from . import native, native_single
-
-    loop, scratch = native.single_loop(), native_single.single_scratch
-    return loop, scratch, decode_tables().ctypes.data, *encoder_parameters()
 
 
 def combine(
@@ -95,16 +113,9 @@ def combine(
     Memory: 52 KiB and 64 bytes a source; each source byte is read once.
     All arrays must be C-contiguous and writable; releases the GIL. Source: own.
     """
-    loop, reals, integers = _prepared()
-    count = len(sources)
-    (reciprocal, mode), bounds = _choices(count, out_code, divisor)
-    room = scratch(count)
-    return int(
-        loop(
-            _at(sources), count, _at(codes), _at(weights), divisor, reciprocal, mode, elements, first_block, out,
-            out_code, _at(hashed), _at(digests), _at(nonfinite), reals, integers, *bounds, _at(room),
-        )
-    )  # fmt: skip
+    place = (elements, first_block, out, out_code)
+    chosen = _choices(len(sources), out_code, divisor)
+    return _call("combine", (sources, codes, weights), divisor, chosen, place, (hashed, digests, nonfinite))
 
 
 def combine_single(
@@ -134,15 +145,10 @@ def combine_single(
 
     Notes
     -----
-    Memory: 52 KiB; each source byte is read from memory once, and again from cache. Source: own.
+    Memory: as `combine`. Source: own.
     """
-    loop, scratch, tables, reals, integers = _prepared_single()
-    return int(
-        loop(
-            sources, codes, weights, divisor, elements, first_block, out, out_code,
-            hashed, digests, nonfinite, tables, reals, integers, scratch(),
-        )
-    )  # fmt: skip
+    place = (elements, first_block, out, out_code)
+    return _call("singles", (sources, codes, weights), divisor, _NO_CHOICE, place, (hashed, digests, nonfinite))
 
 
 def combine_wide(

@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 
-from .blocks import PAUSE, block_part, digest_rest, means, survey
+from .blocks import PAUSE, block_part, block_singles, digest_rest, means, survey
 from .codes import BLOCK, ITEMSIZE
 from .exact_means import LANES
 from .finishing import inspect, move_bytes
@@ -20,7 +20,7 @@ from .hashing import block_digest
 from .lanes import array_at, load_u8, load_u64, ones, trailing_zeros
 from .stored import fingerprint, target_machine
 
-__all__ = ["built", "object_code", "single_loop", "sum_loop", "wide_loop"]
+__all__ = ["built", "object_code", "sum_loop", "wide_loop"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _LOCK = threading.Lock()
@@ -41,25 +41,13 @@ _WIDE = numba.i8(
 )  # fmt: skip
 
 
-_SINGLE = numba.i8(
-    _U64, _U8, _F64, numba.f8, numba.i8, numba.i8, numba.u8, numba.i8,
-    _U8, _U64, _I64, numba.u8, numba.types.Array(numba.f8, 2, "C"), numba.types.Array(numba.i8, 2, "C"), _U8,
-)  # fmt: skip
-
-
-def _build_single(stamp: int) -> Any:
-    from .native_single import build_single
-
-    return build_single(_SINGLE, stamp)
-
-
 def _build_wide(stamp: int) -> Any:
     from .native_wide import build_wide
 
     return build_wide(_WIDE, stamp)
 
 
-def _build_combine(stamp: int, **options: Any) -> Any:
+def _build_combine(stamp: int, single: bool, **options: Any) -> Any:
     @numba.njit(_COMBINE, nogil=True, error_model="numpy", **options)
     def loop(
         sources_at, n, codes_at, weights_at, divisor, reciprocal, mode, elements, first_block, out, out_code,
@@ -89,7 +77,11 @@ def _build_combine(stamp: int, **options: Any) -> Any:
                 rest = PAUSE if 2 * ones(failed) > done else 0
             else:
                 rest = max(rest - 1, 0)
-            more = True
+            if single:
+                found = block_singles(
+                    sources, codes, weights, begin, count, goal, out_code, divisor, acc, spare, scratch, slots, encoder
+                )  # fmt: skip
+            more = not single
             while more:
                 # What remains: the steps without proof, then what no step covered.
                 start, length, more = LANES * trailing_zeros(failed), LANES, failed != 0
@@ -146,11 +138,12 @@ def _from(module: str, name: str) -> Any:
     return build
 
 
-_FREE: dict[str, Any] = {"combine": _build_combine, "digest": _build_digest}
+_FREE: dict[str, Any] = {"combine": partial(_build_combine, single=False), "digest": _build_digest}
+_FREE["singles"] = partial(_build_combine, single=True)
 _FREE |= {name: _from("native_low_rank", name) for name in ("low_rank", "spread")}
 _FREE |= {name: _from("native_block_scaled", name) for name in ("dequantise", "largest", "quantise")}
 _BUILDERS: dict[str, Any] = {name: partial(build, cache=True) for name, build in _FREE.items()}
-_BUILDERS |= {"wide": _build_wide, "single": _build_single, "sum": _build_sum}
+_BUILDERS |= {"wide": _build_wide, "sum": _build_sum}
 _BUILDERS |= {"survey": _from("native_survey", "survey")}
 _BUILDERS |= {name: _from("native_measuring", name) for name in ("decode", "gram")}
 _BUILDERS["products"] = _from("native_products", "products")
@@ -173,11 +166,6 @@ def object_code(name: str, symbol: str) -> bytes:
     module = llvm.parse_assembly(loop.inspect_llvm(signature))
     module.get_function(loop.overloads[signature].fndesc.llvm_func_name).name = symbol
     return bytes(target_machine().emit_object(module))
-
-
-def single_loop() -> Any:
-    """Return the compiled loop of `combine_single`."""
-    return built("single")
 
 
 def wide_loop() -> Any:

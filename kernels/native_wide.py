@@ -26,7 +26,7 @@ from .lanes import (
 )
 from .wide_loops import AS_F64, AS_ODD, AS_PAIR, LANES, STRIP, add_wide, quotients
 
-__all__ = ["build_wide", "inverse_of", "wide_scratch", "widen"]
+__all__ = ["build_wide", "inverse_of", "wide_scratch"]
 
 _SIZES = np.array(ITEMSIZE, dtype=np.int64)
 _S16, _MAGNITUDE = np.uint64(16), np.uint64(0x7FFFFFFFFFFFFFFF)
@@ -57,7 +57,7 @@ def inverse_of(divisor: float, divisor_low: float) -> float:
 
 
 @numba.njit(nogil=True)
-def widen(source, code, count, padded, row, tables):
+def _widen(source, code, count, padded, row, tables):
     """Write a strip of a source as float64, zeros behind it."""
     for j in range(count):
         if code == F64:
@@ -113,7 +113,7 @@ def _sum_strip(sources, codes, weights, unit, begin, count, room, tables, trial)
             where = sources[first + k] + np.uint64(_SIZES[code] * begin)
             if code != F64 or padded != count:
                 row = stage + np.uint64(_ROW * k)
-                widen(where, code, count, padded, row, tables)
+                _widen(where, code, count, padded, row, tables)
                 where = row
             store_u64(places + np.uint64(8 * k), where)
         factors = np.uint64(weights.ctypes.data) + np.uint64(8 * first)

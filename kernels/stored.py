@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "spread": (_I, _U, *(_I,) * 5, _U, *(_I,) * 3),
     **dict.fromkeys(("dequantise", "largest", "quantise"), (_I, _U, *(_I,) * 7, _U, _I, _U)),
 }
+_TYPES["singles"] = _TYPES["combine"]
 # Settings of numba that change no code; with any other, numba does all.
 _HARMLESS = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
 _LOCK = threading.Lock()
