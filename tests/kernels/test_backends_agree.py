@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from exact import DTYPES, NAMES, random_finite, run
@@ -93,6 +95,22 @@ def test_sums_in_float32(seed, codes, out_code, elements, patterns, misalign):
     # The one rounding to the output is that of a float64 soup of this one number.
     again = run("numba", [expected], [2], [1.0], 1.0, out_code)
     np.testing.assert_array_equal(found.out, again.out)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-140])
+@pytest.mark.parametrize("weights", [[1.0] * 7, [0.3, -0.1, 1.7, 0.9, 0.5, 1e-3, 2.2]])
+def test_sums_in_float32_keep_their_bound(backend, scale, weights):
+    """As docs/numerics.md has it; the output is float32, so that nothing hides behind its rounding."""
+    arrays = [(np.random.default_rng(i).standard_normal(300) * scale).astype(np.float32) for i in range(7)]
+    total = sum(map(Fraction, weights))
+    found = run(backend, arrays, [2] * 7, weights, float(total), 2, single=True).out.view(np.float32)
+    terms = 7 if len(set(weights)) == 1 else 7 + 3
+    for j, value in enumerate(found.tolist()):
+        products = [Fraction(w) * Fraction(float(a[j])) for w, a in zip(weights, arrays, strict=True)]
+        small = 7 * Fraction(2) ** -150 / total + Fraction(2) ** -150
+        bound = terms * Fraction(2) ** -24 * sum(map(abs, products)) / total + small
+        assert abs(Fraction(value) - sum(products) / total) <= bound * (1 + Fraction(1, 10**5))
 
 
 def test_sums_in_float32_are_not_those_in_float64():
