@@ -55,10 +55,11 @@ def constants(first: int, rest: int, out: int, *, hashed: bool, whole: bool, sin
 
 def summary(text: str) -> dict[str, Any]:
     """Return how often each float operation occurs, and what else tells something."""
-    names = re.findall(r"\b(?:add|sub|mul|fma|div|rcp)\.[a-z0-9.]*f(?:32|64)\b", text)
+    names = re.findall(r"\b(?:add|sub|mul|fma|div|rcp)\.[a-z0-9.]*f(?:32|64)(?:x2)?\b", text)
     return {
         "operations": {name: names.count(name) for name in set(names)},
         "flushes": text.count(".ftz"),
+        "to float64": text.count("cvt.f64."),
         "two words at once": text.count("ld.global.v2.b64"),
     }
 
@@ -73,7 +74,8 @@ def main() -> None:
     gram = [multiplied({"CODE": code, "CENTRED": code % 2 == 0, "WHOLE": code < 2}) for code in (0, 1, 2, 4)]
     # A later group, and a soup, as above.
     kinds = [constants(first, c, c, hashed=False, whole=True, single=True) for c in NARROW for first in (F64, c)]
-    single = [combined(90 - 10 * (k % 2), kind) for k, kind in enumerate(kinds)]
+    # Blackwell, which 120 is one of, has instructions for two float32 at once.
+    single = [combined((80, 90, 120)[k % 3], kind) for k, kind in enumerate(kinds)]
     fused, fused_single = (
         combined(90, constants(0, 0, 0, hashed=True, whole=True, single=s), enable_fp_fusion=True)
         for s in (False, True)
