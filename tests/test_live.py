@@ -465,3 +465,16 @@ def test_memory_stays_under_the_budget_while_a_state_is_folded_in(tmp_path, kind
             running.add(state)
         assert 0 < sampler.peak_bytes <= 24 << 20
         assert torch.equal(running.mean().tensors()["w"][:5], tensor[:5] / 2)
+
+
+def test_rules_for_names_are_those_of_live_states_too(tmp_path):
+    given = states(2)
+    paths = saved(tmp_path / "files", given)
+    running = streamsoup.RunningSoup(paths[0], budget_bytes=BUDGET, rename={r"^(.*)\.weight$": r"net.\1.weight"})
+    running.add(paths[0]).add(given[1])
+    found = dict(running.mean().tensors())
+    expected = soup_of(tmp_path, paths)
+    assert same({name.removeprefix("net."): tensor for name, tensor in found.items()}, expected)
+    assert "net.a.weight" in found
+    view = streamsoup.open([paths[0], given[1]], rename={"^a": "net.a"})
+    assert torch.equal(view["net.a.weight"], expected["a.weight"])
