@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate, remove_candidate
-from streamsoup.checkpoints import identity_key
+from streamsoup.checkpoints import AS_THEY_ARE, StoredCheckpoint, identity_key
 from streamsoup.errors import RecipeError, ScoreError
 from streamsoup.greedy_job import GreedyJob, candidate_folders
 from streamsoup.score import CommandScore, Place, Scores, read_scores, run_command
@@ -31,13 +31,16 @@ class Wanted:
         Returns the candidate; may change the running sum.
     way : str or None
         How it is made, as far as its bits depend on that; see `ScoreBook`. None: nobody makes it ahead of its turn.
+    alone : bool
+        It is an ingredient, scored as it is.
     in_place : bool
-        It is an ingredient, scored where it lies.
+        It need not be written: it is scored where it lies.
     """
 
     members: tuple[Member, ...]
     make: Callable[[], Candidate]
     way: str | None = None
+    alone: bool = False
     in_place: bool = False
 
 
@@ -141,14 +144,23 @@ class Evaluator:
         return None if self._before_score is None else "a callable given as before_score"
 
     def alone(self, path: str) -> Wanted:
-        """An ingredient where it lies, uncopied."""
+        """An ingredient: where it lies, if an evaluator finds there what a soup of it alone would be, else written."""
+        place = self._place_of(path)
 
         def make() -> Candidate:
             candidate = self.running.alone(path)
-            candidate.path = Path(path)
+            candidate.path = place
             return candidate
 
-        return Wanted((Member(path, 1.0),), make, in_place=True)
+        return Wanted((Member(path, 1.0),), make, alone=True, in_place=place is not None)
+
+    def _place_of(self, path: str) -> Path | None:
+        """Where an ingredient lies as safetensors with the names and numbers that its soups have."""
+        checkpoint, pool = self.running.pool.open(path), self.running.pool
+        is_stored = type(checkpoint) is StoredCheckpoint and pool.options.opening == AS_THEY_ARE
+        if not is_stored or not all(shard.path.endswith(".safetensors") for shard in checkpoint.shards):
+            return None
+        return Path(path) if os.path.exists(path) else checkpoint.folder or Path(checkpoint.shards[0].path)
 
     def score(self, wanted: Wanted) -> Entry:
         """Make and evaluate what is wanted, and write its score down; or find it."""
@@ -159,7 +171,7 @@ class Evaluator:
         read = self.running.bytes_read
         self.write(candidate, wanted)
         scores = self.ask(candidate, wanted)
-        if wanted.in_place:
+        if wanted.alone:
             self.running.reads = reads  # counted are reads beyond an ingredient's own scoring
         self.evaluations += 1
         entry = Entry(scores, time.perf_counter() - began, self.running.bytes_read - read)
@@ -181,7 +193,7 @@ class Evaluator:
         ------
         ScoreError
         """
-        if not wanted.in_place:
+        if not wanted.alone:
             if self._before_score is not None:
                 self._before_score(candidate)
             elif self._job.before_command is not None:

@@ -7,14 +7,13 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streamsoup._version import __version__
-from streamsoup.checkpoints import TensorTable, split_path
+from streamsoup.checkpoints import TensorTable, short_path
 from streamsoup.dtypes import DTYPES
 from streamsoup.plan import Plan
 from streamsoup.recipe import Recipe
@@ -58,6 +57,9 @@ def _description(table: TensorTable, dtypes: npt.NDArray[np.uint8], by_name: Seq
     for i in by_name:
         digest.update(f"{table.names[i]}\0{DTYPES[int(dtypes[i])].name}{table.shape(i)}\0".encode())
     return digest
+
+
+_SUMS = {"float64": "float64 (double-double for float64 tensors)", "float32": "float32, as asked for,"}
 
 
 def build_manifest(
@@ -135,7 +137,7 @@ def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     """Write the README.md of a soup folder."""
     total = sum(i.weight for i in recipe.ingredients) if recipe.normalize and recipe.method == "linear" else 0.0
     rows = "\n".join(
-        f"| {i + 1} | `{_short(ingredient.path)}` | {ingredient.weight:g} | "
+        f"| {i + 1} | `{short_path(ingredient.path)}` | {ingredient.weight:g} | "
         f"{ingredient.weight / total if total else ingredient.weight:.4g} | "
         f"`{entry['content_digest']}` |"
         for i, (ingredient, entry) in enumerate(zip(recipe.ingredients, manifest["ingredients"], strict=True))
@@ -146,13 +148,13 @@ def model_card(plan: Plan, recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         "coefficients": "a linear combination (coefficients applied as given)",
     }.get(recipe.label, f"a merge (method {recipe.label})")
     if recipe.base is not None:
-        how += f", with `{_short(recipe.base)}` as the base,"
+        how += f", with `{short_path(recipe.base)}` as the base,"
     dtypes = ", ".join(sorted({plan.out_dtype(t).name for t in range(len(plan.table)) if plan.is_averaged(t)}))
     notes = "".join(f"\n- {note}" for note in manifest["notes"])
     rules = "".join(f"- {rule} ({count:,} tensors)\n" for rule, count in plan.touched)
     rules = f"{rules}\n" if rules else ""
     how_exact = (
-        "Sums were accumulated in float64 (double-double for float64 tensors) in this order and rounded once."
+        f"Sums were accumulated in {_SUMS[plan.accumulate]} in this order and rounded once."
         if plan.method.fixed
         else "All was computed in float64 and rounded once."
     )
@@ -185,8 +187,3 @@ This checkpoint is {how} of the weights of {len(recipe.ingredients)} fine-tuned 
 `{RECIPE_NAME}` makes the same soup again, bit for bit: `streamsoup soup --recipe {RECIPE_NAME} -o again/`.
 `{MANIFEST_NAME}` records who the ingredients were.
 {notes}"""
-
-
-def _short(path: str) -> str:
-    """The last two parts of a path: enough to know it, and no one's home folder."""
-    return "+".join("/".join(Path(part).parts[-2:]) for part in split_path(path))

@@ -259,12 +259,12 @@ def narrow(monkeypatch, most_elements):
     """Have the kernel run out of memory for more elements than so many."""
     real, tried = torch_group.torch_combine.combine, []
 
-    def combine(sources, codes, *rest):
+    def combine(sources, codes, *rest, **options):
         elements = sources[-1].numel() // (2 if codes[-1] == 0 else 4)
         tried.append(elements)
         if elements > most_elements:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-        return real(sources, codes, *rest)
+        return real(sources, codes, *rest, **options)
 
     monkeypatch.setattr(torch_group.torch_combine, "combine", combine)
     return tried

@@ -23,7 +23,7 @@ from streamsoup.checkpoints.naming import (
     opening_of_some,
 )
 from streamsoup.checkpoints.opening import AS_THEY_ARE, Opening
-from streamsoup.checkpoints.paths import absolute_path, pinned_path, real_path, split_path
+from streamsoup.checkpoints.paths import absolute_path, pinned_path, real_path, short_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.quantised import quantised, scaled_names
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
@@ -78,6 +78,7 @@ __all__ = [
     "remarks_of",
     "scaled_names",
     "select",
+    "short_path",
     "split_path",
     "verify_unchanged",
 ]

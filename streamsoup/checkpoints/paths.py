@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from streamsoup.checkpoints.hub import absolute, is_there, pinned, real
 from streamsoup.checkpoints.sliced import split_parts
@@ -67,3 +68,8 @@ def real_path(path: str) -> str:
 def pinned_path(path: str) -> str:
     """Pin the ids of the Hub in a path to their commits; all else stays as it is. Raises as `absolute_path`."""
     return change_path(path, pinned)
+
+
+def short_path(path: str) -> str:
+    """The last two parts of each path in it: enough to know it, and no one's home folder."""
+    return "+".join("/".join(Path(part).parts[-2:]) for part in split_path(path))
