@@ -23,6 +23,7 @@ from streamsoup.checkpoints import (
     Opened,
     Opening,
     expand_paths,
+    given_paths,
     open_together,
     prepare_derived,
     verify_unchanged,
@@ -186,7 +187,7 @@ class Comparison:
 
 
 def compare(
-    ingredients: str | Sequence[str | Path],
+    ingredients: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     *,
     key: str | None = None,
@@ -230,7 +231,7 @@ def compare(
     Memory: at most `budget_bytes`, and the result. Each byte is read once.
     """
     began = time.perf_counter()
-    given = [ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients]
+    given = given_paths(ingredients)
     paths = expand_paths(given)
     if len(paths) < 2:
         raise RecipeError(f"There is one ingredient to compare ({', '.join(paths)}); name another.")

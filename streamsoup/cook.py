@@ -14,6 +14,7 @@ from streamsoup.backends import open_backend
 from streamsoup.checkpoints import (
     expand_paths,
     expect_identity,
+    given_paths,
     identify,
     identity_to_json,
 )
@@ -40,7 +41,7 @@ _SIDE_FILES_BYTES = 16_000_000  # room for configuration, tokenizer, manifest an
 
 
 def soup(
-    ingredients: str | Sequence[str | Path],
+    ingredients: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -144,7 +145,7 @@ def soup(
 
     Source: Wortsman et al. 2022, arXiv 2203.05482.
     """
-    given = [ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients]
+    given = given_paths(ingredients)
     paths = expand_paths(given) if weights is None and coefficients is None else given
     recipe = make_recipe(
         paths,

@@ -192,8 +192,8 @@ def _refuse_single(plan: Plan) -> None:
     """Refuse sums in float32 where more was promised."""
     if not plan.method.fixed:
         raise RecipeError(
-            f"accumulate: only fixed coefficients are summed in float32, and method {plan.method.name} measures. Leave "
-            "accumulate out."
+            "accumulate: only fixed coefficients of all tensors are summed in float32: no method that measures, no "
+            f"include or exclude (here: {plan.method.name}). Leave accumulate out."
         )
     for checkpoint in plan.checkpoints:
         if (found := np.flatnonzero(_WIDE[checkpoint.table.dtypes])).size:

@@ -76,8 +76,8 @@ class Recipe:
     accumulate : {"float64", "float32"}
         In what sums are kept: float32 is for devices that are slow in float64, and less exact; see docs/numerics.md.
     quantize : str or None
-        ``fp8-block``: the linear weights of the one ingredient are quantised (`streamsoup.checkpoints.quantised`), and
-        `dtype` is that of the other tensors.
+        ``fp8-block``: the linear weights of the one ingredient are quantised (`streamsoup.checkpoints.quantised`),
+        and `dtype` is that of the other tensors.
     key, strip_prefix, rename, only_shared, leave_out
         How tensors are named and found, see `streamsoup.checkpoints.opening.Opening`; patterns see the new names.
     """

@@ -103,7 +103,7 @@ def test_a_soup_of_equal_numbers_may_be_another_number(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "karcher"}, "fixed coefficients.*karcher measures"),
+        ({"method": "karcher"}, "fixed coefficients.*here: karcher"),
         ({"weights": [1.0, 1e-39, 1.0]}, r"run1: weight 1e-39; with sums in float32 .* 2\^-126"),
         ({"coefficients": [1.0, 1.0, 1e39]}, r"run2: weight 1e\+39; with sums in float32"),
         ({"dtype": "float64"}, "float64 soup"),

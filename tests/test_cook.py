@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,3 +520,9 @@ def test_mismatches_are_refused_before_reading(tmp_path):
     with pytest.raises(MismatchError):
         streamsoup.soup([*runs, tmp_path / "other"], tmp_path / "soup")
     assert_nothing_left(tmp_path, but=["run1", "run2", "other"])
+
+
+def test_one_path_may_be_a_path(tmp_path):
+    (one,) = fine_tunes(tmp_path / "runs", 1)
+    streamsoup.soup(Path(one), tmp_path / "soup")
+    assert same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(Path(one)))

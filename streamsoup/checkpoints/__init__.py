@@ -23,9 +23,9 @@ from streamsoup.checkpoints.naming import (
     opening_of_some,
 )
 from streamsoup.checkpoints.opening import AS_THEY_ARE, Opening
-from streamsoup.checkpoints.paths import absolute_path, pinned_path, real_path, short_path, split_path
+from streamsoup.checkpoints.paths import absolute_path, given_paths, pinned_path, real_path, short_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
-from streamsoup.checkpoints.quantised import quantised, scaled_names
+from streamsoup.checkpoints.quantising import quantised, scaled_names
 from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
 from streamsoup.checkpoints.scaled import dequantised
 from streamsoup.checkpoints.selected import arranged_like, select
@@ -54,6 +54,7 @@ __all__ = [
     "arranged_like",
     "expand_paths",
     "expect_identity",
+    "given_paths",
     "held_like",
     "identify",
     "identity_key",

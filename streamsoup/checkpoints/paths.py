@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from streamsoup.checkpoints.hub import absolute, is_there, pinned, real
@@ -68,6 +68,11 @@ def real_path(path: str) -> str:
 def pinned_path(path: str) -> str:
     """Pin the ids of the Hub in a path to their commits; all else stays as it is. Raises as `absolute_path`."""
     return change_path(path, pinned)
+
+
+def given_paths(ingredients: str | Path | Sequence[str | Path]) -> list[str]:
+    """One path or several, as a person gives them, as a list."""
+    return [str(path) for path in ([ingredients] if isinstance(ingredients, str | Path) else ingredients)]
 
 
 def short_path(path: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsoup.budget import PeakSampler
-from streamsoup.checkpoints import expand_paths, identify, identity_to_json, verify_unchanged
+from streamsoup.checkpoints import expand_paths, given_paths, identify, identity_to_json, verify_unchanged
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.execution import compile_notice
 from streamsoup.files import lock_folder, writing_to
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def learn(
-    ingredients: str | Sequence[str | Path],
+    ingredients: str | Path | Sequence[str | Path],
     module: torch.nn.Module,
     loss_fn: LossFunction,
     batches: Iterable[Any],
@@ -125,7 +125,7 @@ def learn(
 
     Source: Wortsman et al. 2022, arXiv 2203.05482, "learned soup".
     """
-    paths = expand_paths([ingredients] if isinstance(ingredients, str) else [str(path) for path in ingredients])
+    paths = expand_paths(given_paths(ingredients))
     job = make_learn_job(
         paths,
         by=by,
