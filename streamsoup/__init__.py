@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from streamsoup.verifying import Verification as Verification
     from streamsoup.verifying import verify as verify
     from streamsoup.view import SoupView as SoupView
-    from streamsoup.view import open as open
+    from streamsoup.viewing import open as open
 
 _HOMES = {
     "Candidate": "candidate",
@@ -61,7 +61,7 @@ _HOMES = {
     "from_mergekit": "from_mergekit_config",
     "greedy": "greedy_cook",
     "learn": "learning",
-    "open": "view",
+    "open": "viewing",
     "plan_soup": "soup_plan",
     "read_recipe": "recipe",
     "resume": "cook",

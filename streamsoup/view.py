@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,31 +15,26 @@ from streamsoup.backends import open_backend
 from streamsoup.backends.protocol import Backend
 from streamsoup.checkpoints import (
     LiveCheckpoint,
-    expand_paths,
     identify,
     identity_to_json,
-    is_state,
-    live_name,
-    open_live,
-    pinned_path,
     prepare_derived,
     verify_unchanged,
 )
 from streamsoup.dtypes import DTYPES
 from streamsoup.engine import Engine
-from streamsoup.errors import RecipeError, StreamsoupError
+from streamsoup.errors import StreamsoupError
 from streamsoup.execution import Execution
 from streamsoup.findings import check_copied, check_finite
 from streamsoup.manifest import content_digests
 from streamsoup.merging import copy_all, look_at_all, reduce_all, reduce_tensor
 from streamsoup.methods import Method
-from streamsoup.outcome import Outcome, Progress
+from streamsoup.outcome import Outcome
 from streamsoup.read import open_sources
-from streamsoup.recipe import Recipe, make_recipe, read_recipe, with_pinned_ids
+from streamsoup.recipe import Recipe
 from streamsoup.saving import Origin, save_soup
-from streamsoup.sinks import ModuleSink, PartSink, as_tensor, torch_dtype, wait_for_caller
+from streamsoup.sinks import ModuleSink, PartSink, as_tensor, torch_dtype
 from streamsoup.soup_plan import open_ingredients, plan_opened
-from streamsoup.units import parse_bytes
+from streamsoup.tensor_rows import TensorRows
 from streamsoup.write import Sink
 
 if TYPE_CHECKING:
@@ -49,113 +43,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def open(
-    ingredients: Any,
-    *,
-    weights: Sequence[float] | None = None,
-    coefficients: Sequence[float] | None = None,
-    method: str | Method = "linear",
-    base: Any = None,
-    budget_bytes: int | str | None = None,
-    device: str = "cpu",
-    device_budget_bytes: int | str | None = None,
-    workers: int | None = None,
-    read_mode: str = "auto",
-    progress: Callable[[Progress], None] | None = None,
-    backend: Backend | None = None,
-    **options: Any,
-) -> SoupView:
-    """Open a checkpoint, or the soup of several, as a mapping of names to tensors. Headers alone are read for it.
-
-    Parameters
-    ----------
-    ingredients : path, pattern, Recipe, recipe file, Checkpoint, module or dict of tensors, or a sequence of these
-        As in `streamsoup.soup`. Also what is open already: a `Checkpoint`, or live tensors, which must then stay as
-        they are for as long as the view is used. ``.yaml`` and ``.yml`` files are recipes.
-    weights, coefficients, base
-        As in `streamsoup.soup`.
-    method : str or Method
-        By name, or an object of your own: anything that satisfies `streamsoup.methods.Method`.
-    budget_bytes, device, device_budget_bytes, workers, read_mode, progress
-        See `Execution`.
-    backend : Backend, optional
-        A device of your own, instead of one by name: anything that satisfies `streamsoup.backends.protocol.Backend`.
-    **options
-        ``parameters``, ``importances``, ``include``, ``exclude``, ``key``, ``strip_prefix``, ``rename``,
-        ``only_shared``, ``dtype``, ``quantize``, ``shard_size``, ``buffers``, ``nonfinite``, ``accumulate``: as in
-        `streamsoup.soup`.
-
-    Returns
-    -------
-    SoupView
-
-    Raises
-    ------
-    StreamsoupError
-    """
-    execution = Execution(
-        budget_bytes=None if budget_bytes is None else parse_bytes(budget_bytes),
-        device=device,
-        device_budget_bytes=None if device_budget_bytes is None else parse_bytes(device_budget_bytes),
-        workers=workers,
-        read_mode=read_mode,
-        progress=progress,
-    )
-    if isinstance(ingredients, str | Path) and Path(ingredients).suffix in (".yaml", ".yml"):
-        ingredients = read_recipe(ingredients)
-    if isinstance(ingredients, Recipe):
-        given = {"weights": weights, "coefficients": coefficients, "base": base, **options}
-        if method != "linear" or (said := [name for name, value in given.items() if value is not None]):
-            raise RecipeError(
-                f"{said[0] if method == 'linear' else 'method'}: is the recipe's to say. Change the recipe."
-            )
-        return SoupView(with_pinned_ids(ingredients), execution, backend=backend)
-    several = isinstance(ingredients, Sequence) and not isinstance(ingredients, str)
-    named = _Named()
-    paths = [named.name(one) for one in (ingredients if several else [ingredients])]
-    if not named.opened and weights is None and coefficients is None:
-        paths = expand_paths(paths)
-    if "shard_size" in options:
-        options["shard_bytes"] = parse_bytes(options.pop("shard_size"))
-    options = {k: tuple(v) if k in ("include", "exclude") and not isinstance(v, str) else v for k, v in options.items()}
-    own = None if isinstance(method, str) else method
-    try:
-        recipe = make_recipe(
-            paths,
-            weights=weights,
-            coefficients=coefficients,
-            method=method if own is None else "linear",
-            base=None if base is None else named.name(base),
-            **options,
-        )
-    except TypeError as error:
-        raise RecipeError(f"{error}. See streamsoup.open for the options that there are.") from None
-    return SoupView(recipe, execution, opened=named.opened, method=own, backend=backend)
-
-
-class _Named:
-    """Names of what is open already, for a recipe."""
-
-    def __init__(self) -> None:
-        self.opened: dict[str, Any] = {}
-
-    def name(self, given: Any) -> str:
-        if isinstance(given, str | Path):
-            return pinned_path(str(given))
-        if is_state(given):
-            live = open_live(given, live_name(len(self.opened) + 1))
-            wait_for_caller(array for array in live.arrays if hasattr(array, "is_cuda"))
-            given = live
-        if not hasattr(given, "table"):
-            raise RecipeError(
-                f"A {type(given).__name__} is no ingredient. Give paths, Checkpoints, modules, or dicts of tensors."
-            )
-        self.opened[given.path] = given
-        return str(given.path)
-
-
 class SoupView(Mapping[str, "torch.Tensor"]):
-    """A mapping of names to tensors, in the order of the first checkpoint; see `open`.
+    """A mapping of names to tensors, in the order of the first checkpoint; see `streamsoup.open`.
 
     What is looked up is made at once: a fresh tensor with the bits and the dtype that ``streamsoup.soup`` would write.
     Names, shapes and dtypes are known without reading. Threads may share it: one tensor is made at a time, by several
@@ -371,49 +260,3 @@ class SoupView(Mapping[str, "torch.Tensor"]):
             width = int(self.plan.table.elements[tensor]) // max(1, shape[0])
             return self._part(tensor, start * width, stop * width, (stop - start, *shape[1:]))
         return self[name][start:stop]  # what is measured of a tensor depends on all of it
-
-
-class TensorRows:
-    """A tensor of a `SoupView` that is made when it is indexed, and as far as that.
-
-    Integers and slices along the first axis read those rows; what comes behind them is applied to the rows that were
-    made, as torch does. Any other index, and a method that must look at the whole tensor, makes all of it first.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : torch.dtype
-    """
-
-    def __init__(self, view: SoupView, name: str) -> None:
-        self.shape = view.shape(name)
-        self._view = view
-        self._name = name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tensor."""
-        return self._view.dtype(self._name)
-
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError(f"{self._name}: has no rows, since it is a single number.")
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
-        if not self.shape or isinstance(first, bool) or not (hasattr(first, "__index__") or isinstance(first, slice)):
-            return self._view[self._name][index]
-        if getattr(first, "ndim", 0):  # a tensor of one element passes for an integer
-            return self._view[self._name][index]
-        if isinstance(first, slice):
-            wanted = range(*first.indices(self.shape[0]))
-            if wanted.step < 0:
-                raise ValueError(f"{self._name}: step {wanted.step}, but tensors take steps above zero only.")
-            rows = self._view.rows(self._name, wanted.start, max(wanted.start, wanted[-1] + 1 if wanted else 0))
-            return rows[(slice(None, None, wanted.step), *rest)]
-        row = operator.index(first)
-        if not -self.shape[0] <= row < self.shape[0]:
-            raise IndexError(f"{self._name}: row {row} of {self.shape[0]}.")
-        row %= self.shape[0]
-        return self._view.rows(self._name, row, row + 1)[(0, *rest)]

@@ -22,7 +22,7 @@ FLOORS = """
     tile_queue tile_work engine sinks merging
     findings workspace execution side_files recheck
     making soup_plan made sampling saving
-    cook pool candidate sums scorebook view
+    cook pool candidate sums scorebook tensor_rows view viewing
     forecast reread own_scores greedy_job evaluator greedy_options greedy_output greedy_wanted greedy_ahead
     greedy_loop greedy_cook
     picture sweeping sliding converting verifying

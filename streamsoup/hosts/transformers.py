@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from streamsoup import view
+from streamsoup import viewing
 from streamsoup.errors import RecipeError
 from streamsoup.sums import RunningSoup
 from streamsoup.sums.generations import GenerationStore
@@ -47,7 +47,7 @@ def load_soup(model: Model, ingredients: Any, *, strict: bool = True, **options:
     """
     if callable(tie := getattr(model, "tie_weights", None)):
         tie()  # a name that the files leave out is then the memory of one that they have
-    with view.open(ingredients, **options) as soup:
+    with viewing.open(ingredients, **options) as soup:
         soup.load_into(model, strict=strict)
     return model
 
