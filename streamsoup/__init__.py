@@ -72,7 +72,8 @@ _HOMES = {
     "verify": "verifying",
 }
 
-__all__ = ["__version__", *_HOMES]
+# `from streamsoup import *` leaves a person's own `open` what it was.
+__all__ = ["__version__", *(name for name in _HOMES if name != "open")]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import subprocess
 from pathlib import Path
@@ -140,11 +141,22 @@ def test_print_lives_in_the_command_line_only():
 
 
 def test_public_names_are_pinned_and_load():
-    assert sorted(streamsoup.__all__) == sorted(PUBLIC)
+    assert sorted({"__version__", *streamsoup._HOMES}) == sorted(PUBLIC)
     for name in PUBLIC:
         assert getattr(streamsoup, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = streamsoup.nonsense
+
+
+def test_all_but_open_come_with_a_star_which_would_hide_the_builtin():
+    assert sorted(streamsoup.__all__) == sorted(set(PUBLIC) - set(dir(builtins)))
+    assert set(PUBLIC) & set(dir(builtins)) == {"open"}
+    space: dict[str, object] = {}
+    exec("from streamsoup import *", space)
+    assert "soup" in space
+    assert "open" not in space
+    assert streamsoup.open is not open
+    assert "open" in dir(streamsoup)
 
 
 PUBLIC = [
@@ -181,7 +193,7 @@ PUBLIC = [
 
 def test_no_public_function_shares_its_name_with_a_module():
     names = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
-    assert not names & set(streamsoup.__all__)
+    assert not names & set(PUBLIC)
 
 
 def test_every_error_has_one_root_and_is_drawn_in_the_tree():
