@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from streamsoup.checkpoints import LiveCheckpoint, is_live_name, is_state, live_name, open_live
+from streamsoup.checkpoints import LiveCheckpoint, is_live_name, is_state, live_name, open_live, pinned_path
 from streamsoup.errors import RecipeError, ResumeError
 from streamsoup.pool import Pool
 from streamsoup.sinks import wait_for_caller
@@ -145,7 +146,14 @@ class LiveMembers:
         return tuple(notes)
 
 
-def checkpoint_like(like: Any) -> Any:
+def checkpoints_of(like: Any) -> list[Any]:
+    """Return what a pool is made of, of what a person gave."""
+    several = not isinstance(like, str | Path) and not is_state(like) and not hasattr(like, "table")
+    given = list(like) if several else [like]
+    return [pinned_path(str(one)) if isinstance(one, str | Path) else _checkpoint_like(one) for one in given]
+
+
+def _checkpoint_like(like: Any) -> Any:
     """Return what a pool is made of: a state without its floats, and anything else as it is."""
     if not is_state(like):
         return like

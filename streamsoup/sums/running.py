@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,51 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.candidate import Candidate
-from streamsoup.checkpoints import (
-    Checkpoint,
-    LiveCheckpoint,
-    Opening,
-    held_like,
-    identify,
-    identity_key,
-    identity_to_json,
-    is_live_name,
-    is_state,
-    open_checkpoints,
-    pinned_path,
-)
-from streamsoup.errors import (
-    BudgetError,
-    ChangedIngredientError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    DestinationError,
-    RecipeError,
-    ResumeError,
-)
-from streamsoup.files import lock_folder
-from streamsoup.manifest import content_digests
+from streamsoup.checkpoints import is_state, pinned_path
+from streamsoup.errors import RecipeError
 from streamsoup.methods import Coefficients
-from streamsoup.open_files import OpenFiles
-from streamsoup.outcome import Outcome
-from streamsoup.plan import Plan
 from streamsoup.pool import Pool, PoolOptions
-from streamsoup.read import open_source
-from streamsoup.recipe import Ingredient, Recipe
+from streamsoup.recipe import Recipe
 from streamsoup.saving import Origin
-from streamsoup.sinks import Nowhere
-from streamsoup.source import Source
-from streamsoup.sums.exactness import Entered, Extent, MeasuringSource, is_exact, is_plain
-from streamsoup.sums.generations import GenerationStore
-from streamsoup.sums.live_members import LiveMembers, checkpoint_like, matching
-from streamsoup.sums.members import Member, checked_weight, divisor_of, is_multiple, merge, numbers_of
-from streamsoup.sums.store import MemoryStore, SumStore, WithBuffers
-from streamsoup.units import format_binary
-
-_DIGITS = {"SUM64": 53, "SUM32": 24}
+from streamsoup.sums.folding import RunningSum
+from streamsoup.sums.kept import find_kept
+from streamsoup.sums.live_members import checkpoints_of
+from streamsoup.sums.members import Member, checked_weight, divisor_of, merge, numbers_of
+from streamsoup.sums.origins import origin_of, recipe_of
 
 
-class RunningSoup:
+class RunningSoup(RunningSum):
     """A soup that grows and shrinks one ingredient at a time.
 
     The sum is always, bit for bit, what adding its members in order (of first entry, with merged weights) would give:
@@ -121,73 +87,34 @@ class RunningSoup:
         only_grows: bool = False,
         **options: Any,
     ) -> None:
-        self.pool = pool or Pool(_checkpoints_of(like), PoolOptions.of(options))
-        self._live = LiveMembers(self.pool)
-        self._sum = held_like(self.pool.first, self.pool.sum_dtypes, "the running sum")
-        self._reserved_bytes = self._buffer_itemsize = 0
-        self._give_back: Callable[[], object] | None = None
-        self._store = self._make_store(folder, existing=existing)
-        self._in_store: tuple[Member, ...] | None = ()  # what it is the sum of; None after a failure half-way
-        self._measures = not only_grows or self.pool.sum_dtype.name != "SUM64"
-        self._extents: dict[str, Extent] = {}
-        self._entered: dict[str, Entered] = {}
-        self._keys: dict[str, str] = {}
-        self.members: tuple[Member, ...] = ()
-        self.reads: dict[str, int] = {}
-        self.content_digests: dict[str, str] = {}
-        self.bytes_read = 0
-        self.bytes_written = 0
-        self.rebuilt = 0
+        pool = pool or Pool(checkpoints_of(like), PoolOptions.of(options))
+        super().__init__(pool, folder=folder, existing=existing, only_grows=only_grows)
         self.furnished: set[Path] = set()  # folders with configuration files, for candidates
 
-    def _make_store(self, folder: str | Path | None, *, existing: bool) -> SumStore:
-        pool = self.pool
-        if folder is None and not pool.sum_fits:
-            if pool.options.sums == "disk":
-                raise RecipeError("A running sum on disk needs a folder. Give it one, or keep it elsewhere (--sums).")
-            raise BudgetError(
-                f"The running sum takes {format_binary(pool.sum_bytes)}, more than half the budget of "
-                f"{format_binary(pool.budget_bytes)}. Give it a folder, or a larger budget.",
-                least_bytes=2 * pool.sum_bytes,
-            )
-        if folder is None and pool.sum_place == "device":
-            from streamsoup.sums.device_store import DeviceStore
+    @staticmethod
+    def open(folder: str | Path, *, like: Any = None, gone: str = "error", **options: Any) -> RunningSoup:
+        """Go on with a sum that was kept in a folder.
 
-            return DeviceStore(self._sum.table, pool.averaged, pool.backend)
-        if folder is None:
-            self._reserved_bytes = pool.sum_bytes
-            return MemoryStore(self._sum.table, pool.averaged)
-        self._buffer_itemsize = pool.sum_dtype.itemsize  # a tile of the sum is read into a buffer for each worker
-        if not existing and GenerationStore.members_in(Path(folder)):
-            raise DestinationError(
-                f"{folder}: holds a running sum already. Go on with it by RunningSoup.open, or choose another folder."
-            )
-        store = GenerationStore(
-            Path(folder), self._sum.table, pool.averaged, pool.sum_dtype, pool.backend, like=pool.first.path
-        )
-        self._give_back = weakref.finalize(self, os.close, lock_folder(Path(folder)))
-        return store
+        Parameters
+        ----------
+        folder : path
+        like : path, Checkpoint, module or dict of tensors, optional
+            Of the same network: for a sum that was made of a live state, or whose first checkpoint is gone.
+        gone : {"error", "keep"}
+            What to do about members whose files are not there any more: refuse the sum, or keep them in it as what
+            cannot be read again.
+        **options
+            See `PoolOptions`.
 
-    def close(self) -> None:
-        """Give the folder back to other processes; the sum must not be used afterwards."""
-        if self._give_back is not None:
-            self._give_back()
-
-    def __enter__(self) -> RunningSoup:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def plan(self, operands: Sequence[Checkpoint], numbers: Coefficients, *, to_sum: bool = False) -> Plan:
-        """Plan a combination of the sum and ingredients, beside the memory that the sum takes."""
-        return self.pool.plan(
-            operands,
-            numbers,
-            to_sum=to_sum,
-            reserved_bytes=self._reserved_bytes + self._live.kept_bytes,
-            buffer_itemsize=self._buffer_itemsize,
-        )
+        Raises
+        ------
+        ResumeError
+            If there is none, it is damaged, or it takes `like`.
+        """
+        kept = find_kept(folder, like=like, gone=gone)
+        running = RunningSoup(kept.ingredients, folder=folder, existing=True, **options)
+        running._take_up(kept)
+        return running
 
     def save(self, folder: str | Path) -> None:
         """Copy the sum into a folder, from which `open` takes it up.
@@ -215,15 +142,10 @@ class RunningSoup:
     @property
     def is_exact(self) -> bool:
         """Whether `mean` can be taken from the sum: mostly in float64, seldom in float32."""
-        if self.pool.sum_dtype.name == "PAIR":
-            paths = [m.path for m in self.members]
-            narrow = self._narrow(paths)
-            return is_plain(paths, self._extents) and (
-                not narrow.any() or is_exact(self._entered, self._extents, digits=53, only=narrow)
-            )
-        if self.pool.sum_dtype.name == "SUM64":
-            return True
-        return is_exact(self._entered, self._extents, digits=24)
+        if self.pool.sum_dtype.name != "PAIR":
+            return self._roundings.is_exact
+        paths = [m.path for m in self.members]
+        return self._roundings.is_exact_pair(paths, self._narrow(paths))
 
     def _narrow(self, paths: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Averaged tensors that a soup of these sums in float64, though the pool's sums are double-double."""
@@ -279,6 +201,22 @@ class RunningSoup:
         finally:
             self._live.forget(name)
 
+    def _named(self, ingredient: Any) -> str:
+        """Name an ingredient that is on disk, or open."""
+        if isinstance(ingredient, str | Path):
+            name = pinned_path(str(ingredient))
+            if self._live.has(name):
+                raise RecipeError(f"{ingredient}: cannot be read again. Give its tensors.")
+            return name
+        if not hasattr(ingredient, "table"):
+            raise RecipeError(
+                f"A {type(ingredient).__name__} is no ingredient. Give a path, a Checkpoint, a module, or a dict of "
+                "tensors."
+            )
+        if ingredient.path not in self.pool.checkpoints:
+            self.pool.enter(ingredient.path, ingredient)
+        return str(ingredient.path)
+
     def recipe(self) -> Recipe:
         """Return the recipe whose soup this is.
 
@@ -288,20 +226,7 @@ class RunningSoup:
             If a member is a live state: no recipe makes such a soup again.
         """
         self._live.refuse_recipe(self.members)
-        return self._recipe_of(self.members)
-
-    def _recipe_of(self, members: tuple[Member, ...]) -> Recipe:
-        options, named = self.pool.options, Opening()
-        if options.opening != named and not self._live.among(members):
-            named = self.pool.opening_of([m.path for m in members])
-        return Recipe(
-            tuple(Ingredient(m.path, m.weight) for m in members),
-            dtype=options.dtype,
-            shard_bytes=options.shard_bytes,
-            buffers=options.buffers,
-            nonfinite=options.nonfinite,
-            **named.to_options(),
-        )
+        return recipe_of(self.pool, self._live, self.members)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -310,12 +235,7 @@ class RunningSoup:
 
     def origin(self, members: tuple[Member, ...], *, is_exact: bool) -> Origin:
         """Gather what a soup of some members, which was just made, says of itself."""
-        live = self._live.among(members)
-        recipe = self._recipe_of(members)
-        identities = [[] if m.path in live else identity_to_json(identify(self.pool.open(m.path))) for m in members]
-        digests = [self.content_digests.get(m.path, "") for m in members]
-        repeatable = is_exact and not live and members[0].path == self.pool.first.path
-        return Origin(recipe, identities, digests, (*self.pool.notes, *self._live.notes(members)), repeatable)
+        return origin_of(self.pool, self._live, members, self.content_digests, is_exact=is_exact)
 
     def candidate(self, path: str | Path, weight: float = 1.0) -> Candidate:
         """Return the soup with one more (or, with a negative weight, less) ingredient on disk; nothing is read yet."""
@@ -325,7 +245,7 @@ class RunningSoup:
         members = merge(self.members, name, math.copysign(checked_weight(abs(weight)), weight))
         if not members:
             raise RecipeError(f"{path}: without it the soup would be empty. Keep one ingredient at least.")
-        divides = self._divides(members, self._entering(members, name, weight))
+        divides = self._roundings.divides(members, self._roundings.entering(members, name, weight))
         if not self.members or not (divides or self._live.among(members)):
             return self.candidate_of(members)
         exact = divides and self.is_exact and name not in {m.path for m in self.members} and not self._live.is_rounded
@@ -344,7 +264,8 @@ class RunningSoup:
         """
         if not self.members:
             raise RecipeError("The running soup is empty. Add an ingredient first.")
-        exact = self.is_exact and self._divides(self.members, self._entered) and not self._live.is_rounded
+        exact = self.is_exact and self._roundings.divides(self.members, self._roundings.entered)
+        exact = exact and not self._live.is_rounded
         if not exact and not self._live.among(self.members):
             return self.candidate_of(self.members)
         return Candidate(
@@ -366,270 +287,3 @@ class RunningSoup:
         self._live.refuse(members, "making a soup from its members")
         checkpoints = tuple(self.pool.open(m.path) for m in members)
         return Candidate(self, members, checkpoints, numbers_of(members), is_exact=True)
-
-    def _change(self, path: str, weight: float) -> RunningSoup:
-        members = merge(self.members, path, weight)
-        new = path not in {m.path for m in self.members} and weight > 0
-        entered = self._entering(members, path, weight)
-        rounds = bool(self.members) and not new and not self._commutes(entered)
-        if rounds and not self._live.among(members):
-            return self.rebuild(members)
-        self._repair()
-        checkpoint = self.pool.open(path)
-        if self.members:
-            operands: tuple[Checkpoint, ...] = (self._sum, checkpoint)
-            numbers = Coefficients((1.0, weight))
-        else:
-            operands, numbers = (checkpoint,), Coefficients((weight,))
-        self._fold(operands, numbers, members)
-        self._entered = entered
-        self._live.is_rounded |= rounds
-        return self
-
-    def _named(self, ingredient: Any) -> str:
-        """Name an ingredient that is on disk, or open."""
-        if isinstance(ingredient, str | Path):
-            name = pinned_path(str(ingredient))
-            if self._live.has(name):
-                raise RecipeError(f"{ingredient}: cannot be read again. Give its tensors.")
-            return name
-        if not hasattr(ingredient, "table"):
-            raise RecipeError(
-                f"A {type(ingredient).__name__} is no ingredient. Give a path, a Checkpoint, a module, or a dict of "
-                "tensors."
-            )
-        if ingredient.path not in self.pool.checkpoints:
-            self.pool.enter(ingredient.path, ingredient)
-        return str(ingredient.path)
-
-    def _add_live(self, live: LiveCheckpoint, weight: float) -> RunningSoup:
-        """Fold in a live state, and let go of it."""
-        self._live.lend(live)
-        try:
-            if self.members and self._store.in_place:
-                self._look_at(live.path)  # what is refused half-way would spoil a sum that cannot be made anew
-            is_first = not self.members
-            self._change(live.path, weight)
-        except BaseException:
-            self._live.forget(live.path)
-            raise
-        self._live.keep(live.path, is_first=is_first)
-        return self
-
-    def _look_at(self, path: str) -> str:
-        """Refuse what cannot be folded in, before it is; returns the content digest."""
-        live = self.pool.open(path)
-        both = (self._sum, live)
-        beside = self.plan(both, Coefficients((1.0, 1.0)), to_sum=True)
-        with self.sources(both, first=self.members[0].path) as sources:
-            self.pool.compare_copied(beside, sources)
-        plan = self.plan((live,), Coefficients((1.0,)), to_sum=True)
-        with self.sources((live,)) as sources:
-            outcome = self.pool.run(plan, sources, Nowhere())
-        return content_digests(plan, outcome.digests)[0]
-
-    def _known_again(self, live: LiveCheckpoint) -> str:
-        """Find the member whose numbers these are."""
-        if not self.members:
-            raise RecipeError("The running soup is empty. Remove what was added.")
-        self._live.lend(live)
-        try:
-            digest = self._look_at(live.path)
-        finally:
-            self._live.forget(live.path)
-        return matching(digest, self.content_digests, self._live.among(self.members))
-
-    def _entering(self, members: tuple[Member, ...], path: str, weight: float) -> dict[str, Entered]:
-        """With which weights ingredients entered once one more has."""
-        # The merged weight counts too: the recipe adds it at once. Those of the others have entered already.
-        weights = (weight, *(m.weight for m in members if m.path == path))
-        before = self._entered.get(path)
-        return {**self._entered, path: Entered.of(*weights) if before is None else before.also(*weights)}
-
-    def _divides(self, members: tuple[Member, ...], entered: dict[str, Entered]) -> bool:
-        """Whether the sum is that of their soup, or an exact multiple with an exact divisor."""
-        return not is_multiple(members) or (divisor_of(members)[1] == 0.0 and self._commutes(entered))
-
-    def _commutes(self, entered: dict[str, Entered]) -> bool:
-        digits = _DIGITS.get(self.pool.sum_dtype.name)
-        return digits is not None and is_exact(entered, self._extents, digits=digits)
-
-    def rebuild(self, members: tuple[Member, ...]) -> RunningSoup:
-        """Make the sum anew from its members: each is read once."""
-        self._live.refuse(members, "making the running sum anew")
-        if not members:
-            self.members, self._in_store, self._entered = (), (), {}
-            self._live.is_rounded = False
-            return self
-        # A float32 sum is rounded at each addition: it has to go the way it went when its members came one by one.
-        steps = range(1, len(members) + 1) if self.pool.sum_dtype.name == "SUM32" else [len(members)]
-        before, done = self.members, 0
-        try:
-            for stop in steps:
-                more = members[done:stop]
-                operands: list[Checkpoint] = [self.pool.open(m.path) for m in more]
-                weights = [m.weight for m in more]
-                if done:
-                    operands, weights = [self._sum, *operands], [1.0, *weights]
-                self._fold(tuple(operands), Coefficients(tuple(weights)), members[:stop])
-                done = stop
-        except BaseException:
-            self.members = before
-            raise
-        self._entered = {m.path: Entered.of(m.weight) for m in members}
-        self._live.is_rounded = False
-        self.rebuilt += 1
-        return self
-
-    def _repair(self) -> None:
-        """Make the sum anew if a failure left it half-written, or the sum of something else."""
-        if self._in_store != self.members:
-            self.rebuild(self.members)
-
-    def _fold(self, operands: tuple[Checkpoint, ...], numbers: Coefficients, members: tuple[Member, ...]) -> None:
-        plan = self.plan(operands, numbers, to_sum=True)
-        with self.sources(operands, measure=self._measures) as sources:
-            sink = self._store.begin()
-            if self._store.in_place:
-                self._in_store = None
-            outcome = self.pool.run(plan, sources, sink)
-        for source, operand in zip(sources, operands, strict=True):
-            if isinstance(source, MeasuringSource):
-                self._extents[operand.path] = source.extent
-        self.count(plan, outcome)
-        self._store.commit(self._rows(members), self.content_digests)
-        self.members = self._in_store = members
-
-    def _rows(self, members: Sequence[Member]) -> list[tuple[str, float, str]]:
-        return [(m.path, m.weight, self._key(m.path)) for m in members]
-
-    def count(self, plan: Plan, outcome: Outcome) -> None:
-        """Count what was read and written, and note who the ingredients were."""
-        for operand, digest in zip(plan.checkpoints, content_digests(plan, outcome.digests), strict=True):
-            if operand is not self._sum:
-                self.reads[operand.path] = self.reads.get(operand.path, 0) + 1
-                if self.content_digests.setdefault(operand.path, digest) != digest:
-                    raise ChangedIngredientError(
-                        f"{operand.path}: its data changed since it was first read. Put it back, or begin anew."
-                    )
-        self.bytes_read += outcome.bytes_read
-        self.bytes_written += outcome.bytes_written
-
-    @contextlib.contextmanager
-    def sources(
-        self, operands: Sequence[Checkpoint], *, first: str | None = None, measure: bool = False
-    ) -> Iterator[list[Source]]:
-        """Open the bytes of ingredients and of the sum, whose copied tensors are those of the soup's first member."""
-        if any(operand is self._sum for operand in operands):
-            self._repair()
-        files = OpenFiles()
-        sources: list[Source] = []
-        opened: list[Source] = []
-        try:
-            for operand in operands:
-                if operand is self._sum:
-                    unknown = first is None or self._live.is_gone(first)
-                    giver = self.pool.first if first is None or unknown else self.pool.open(first)
-                    buffers = open_source(giver, self.pool.mode, files, beside=len(operands))
-                    opened.append(buffers)
-                    sources.append(WithBuffers(self._store.source(), buffers, self.pool.averaged))
-                else:
-                    source = open_source(operand, self.pool.mode, files, beside=len(operands))
-                    sources.append(MeasuringSource(source, operand.table) if measure else source)
-            opened += sources
-            yield sources
-        finally:
-            for source in opened:
-                source.close()
-            files.close()
-
-    def _key(self, path: str) -> str:
-        """Who an ingredient is; looked up once."""
-        if path not in self._keys and is_live_name(path):
-            self._keys[path] = self.content_digests[path]
-        if path not in self._keys:
-            self._keys[path] = identity_key(identity_to_json(identify(self.pool.open(path))))
-        return self._keys[path]
-
-    def restore(self, members: tuple[Member, ...]) -> bool:
-        """Take up a sum that an earlier process left on disk, if it is whole and of these members."""
-        store = self._store
-        if not isinstance(store, GenerationStore):
-            return False
-        if store.members != [list(row) for row in self._rows(members)]:
-            return False
-        if not store.verify():
-            return False
-        self.content_digests |= store.content_digests
-        self.members = self._in_store = members
-        self._entered = {m.path: Entered.of(m.weight) for m in members}
-        return True
-
-    @staticmethod
-    def open(folder: str | Path, *, like: Any = None, gone: str = "error", **options: Any) -> RunningSoup:
-        """Go on with a sum that was kept in a folder.
-
-        Parameters
-        ----------
-        folder : path
-        like : path, Checkpoint, module or dict of tensors, optional
-            Of the same network: for a sum that was made of a live state, or whose first checkpoint is gone.
-        gone : {"error", "keep"}
-            What to do about members whose files are not there any more: refuse the sum, or keep them in it as what
-            cannot be read again.
-        **options
-            See `PoolOptions`.
-
-        Raises
-        ------
-        ResumeError
-            If there is none, it is damaged, or it takes `like`.
-        """
-        if gone not in ("error", "keep"):
-            raise RecipeError(f"gone: {gone!r} is not one of error, keep.")
-        rows = GenerationStore.members_in(Path(folder))
-        members = tuple(Member(str(path), float(weight)) for path, weight, _ in rows)
-        if not members:
-            raise ResumeError(f"{folder}: holds no running sum. Name the folder that was given to RunningSoup.")
-        like = like or GenerationStore.like_in(Path(folder)) or members[0].path
-        if isinstance(like, str) and is_live_name(like):
-            raise ResumeError(
-                f"{folder}: the sum is of live states, whose dtypes and copied tensors are not on disk. Give a module "
-                "or a checkpoint of the same network, as like=."
-            )
-        files = [m.path for m in members if not is_live_name(m.path)]
-        missing = [path for path in files if gone == "keep" and _is_gone(path)]
-        given = _checkpoints_of(like)
-        known = {*missing, *(one for one in given if isinstance(one, str))}
-        paths = [*given, *(path for path in files if path not in known)]
-        running = RunningSoup(paths, folder=folder, existing=True, **options)
-        assert isinstance(running._store, GenerationStore)
-        running._live.know_again(rows, missing, running._store.content_digests)
-        for path, _, key in rows:
-            if running._live.has(path):
-                running._keys[path] = key
-            if running._key(path) != key:
-                raise ChangedIngredientError(
-                    f"{path}: changed since it was added to the running sum in {folder}. Put the old files back, "
-                    "or make the sum anew."
-                )
-        if not running.restore(members):
-            raise ResumeError(f"{folder}: the running sum is damaged. Make it anew from its ingredients.")
-        return running
-
-
-def _checkpoints_of(like: Any) -> list[Any]:
-    """Return what a pool is made of, of what a person gave."""
-    several = not isinstance(like, str | Path) and not is_state(like) and not hasattr(like, "table")
-    given = list(like) if several else [like]
-    return [pinned_path(str(one)) if isinstance(one, str | Path) else checkpoint_like(one) for one in given]
-
-
-def _is_gone(path: str) -> bool:
-    try:
-        open_checkpoints([path])
-    except CheckpointNotFoundError:
-        return True
-    except CheckpointError:
-        return False  # whoever opens it says what is wrong
-    return False
