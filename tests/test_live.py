@@ -149,6 +149,15 @@ def test_any_part_of_any_strides_is_copied_in_the_order_of_indices(shape, chance
     assert bytes_at(address, count * size).tobytes() == array.flatten()[start : start + count].tobytes()
 
 
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("shape", [(700, 300), (300, 700), (40, 70, 90)])
+def test_what_takes_many_blocks_and_strips_is_copied_in_the_order_of_indices(shape, step):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape).transpose()[::step, ::step]
+    room = np.empty(array.nbytes - 40, np.uint8)
+    LiveSource(open_live({"w": array}, "x")).fetch(0, 40, len(room), room.data)
+    assert room.tobytes() == array.flatten()[10:].tobytes()
+
+
 def test_rows_wider_than_a_strip(monkeypatch):
     monkeypatch.setattr("streamsoup.checkpoints.live.STRIP_BYTES", 64)
     array = np.arange(3 * 50 * 20, dtype=np.float32).reshape(20, 50, 3).transpose(2, 1, 0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from streamsoup.checkpoints.gathering import copy_apart
 from streamsoup.checkpoints.protocol import Shard
 from streamsoup.checkpoints.table import TensorTable, pack
 from streamsoup.dtypes import DType, find_dtype
@@ -248,7 +249,7 @@ def _copy_range(array: Any, start: int, target: npt.NDArray[Any]) -> None:
 
 def _put(part: Any, target: npt.NDArray[Any]) -> None:
     if isinstance(part, np.ndarray):
-        target.reshape(part.shape)[...] = part
+        copy_apart(target.reshape(part.shape), part)
         return
     import torch
 
