@@ -7,8 +7,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from adapter_pools import PREFIX, write_adapter, write_base, write_files
-from factory import DTYPES, write_checkpoint
+from factory import DTYPES, read_checkpoint, same_bits, write_checkpoint
+from safetensors.torch import load_file
 
 import streamsoup
 from streamsoup.checkpoints import open_checkpoints
@@ -35,6 +37,40 @@ def refusal(base, adapter):
     assert "\n" not in message
     assert message.endswith(".")
     return message
+
+
+def test_adapters_of_torch_in_pieces_are_adapters_too(tmp_path, base):
+    """A transposed factor makes a checkpoint that is put together, which is no reason to look away."""
+    for name, alpha in (("one", 8), ("two", 64)):
+        folder = tmp_path / name
+        write_adapter(folder)
+        (file,) = folder.glob("*.safetensors")
+        tensors = {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in load_file(file).items()}
+        torch.save(tensors, folder / "adapter_model.bin")
+        file.unlink()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    with pytest.raises(MismatchError, match="lora_alpha is 64, but 8"):
+        streamsoup.soup([one, two], tmp_path / "soup")
+    result = streamsoup.soup([one, one], tmp_path / "soup")
+    assert any("adapters" in note for note in result.notes)
+    write_adapter(tmp_path / "stored")
+    config = json.loads((tmp_path / "stored" / "adapter_config.json").read_text())
+    (tmp_path / "stored" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8}))
+    for name in ("stored", "one"):
+        streamsoup.soup([f"{base}+{tmp_path / name}"], tmp_path / f"on-base-{name}")
+    assert same_bits(read_checkpoint(tmp_path / "on-base-one"), read_checkpoint(tmp_path / "on-base-stored"))
+
+
+def test_a_pattern_that_may_take_for_ever_is_refused(tmp_path, base):
+    write_adapter(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rank_pattern": {"(a+)+": 4}}))
+    assert "may take for ever" in refusal(base, tmp_path / "lora")
+    path.write_text(json.dumps({**config, "rank_pattern": {r".*\.layers\.(1|2)\.[qk]": 4}}))
+    open_checkpoints([f"{base}+{tmp_path / 'lora'}"])
 
 
 PAIR = {A: (4, 70), B: (48, 4)}

@@ -13,7 +13,13 @@ import streamsoup
 from streamsoup.checkpoints import identify, open_checkpoints
 from streamsoup.checkpoints.grids import Grid, grid_of
 from streamsoup.checkpoints.scaled import ScaledCheckpoint
-from streamsoup.errors import CheckpointError, MismatchError, NonFiniteError, UnsupportedDTypeError
+from streamsoup.errors import (
+    ChangedIngredientError,
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedDTypeError,
+)
 from streamsoup.read import open_sources
 from streamsoup.source import STRIP_BYTES
 
@@ -163,7 +169,7 @@ def test_a_size_of_blocks_that_is_none_is_refused(tmp_path, size):
         open_checkpoints([str(run)])
 
 
-@pytest.mark.parametrize("config", ["", "[]", "{", '{"quantization_config": 3}', '{"quantization_config": null}'])
+@pytest.mark.parametrize("config", ["[]", "{}", '{"quantization_config": 3}', '{"quantization_config": null}'])
 def test_a_configuration_that_says_nothing_leaves_blocks_of_128(tmp_path, config):
     tensors = {"a.weight": np.ones((3, 300), DTYPES["F8_E4M3"]), "a.weight_scale_inv": np.ones((1, 3), np.float32)}
     run = write_checkpoint(tmp_path / "run", tensors, companions={"config.json": config})
@@ -338,6 +344,59 @@ def test_an_interrupted_soup_goes_on(tmp_path, runs, monkeypatch):
     streamsoup.resume(tmp_path / "soup")
     expected = soup_of(tmp_path, mixed(runs, "plain"), "expected", dtype="bfloat16")
     assert same_bits(read_checkpoint(tmp_path / "soup"), expected)
+
+
+@pytest.mark.parametrize("again", [{}, {"weight_block_size": [127, 127]}])
+def test_a_soup_goes_on_only_with_the_same_blocks(tmp_path, monkeypatch, again):
+    """The size is that of config.json, which is no file of weights."""
+    tensors = {}
+    for i in range(6):
+        tensors[f"w{i}.weight"] = any_bits(np.random.default_rng(i), "F8_E4M3", (500, 500))
+        tensors[f"w{i}.weight_scale_inv"] = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
+    block = {"quantization_config": {"weight_block_size": [128, 128]}}
+    run = write_checkpoint(tmp_path / "run", tensors, companions={"config.json": json.dumps(block)})
+    expected = soup_of(tmp_path, [str(run)] * 2, "expected", nonfinite="allow")
+
+    def stop(progress):
+        if progress.done_bytes > progress.total_bytes // 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(4096, workers)])
+    with pytest.raises(KeyboardInterrupt):
+        streamsoup.soup([str(run)] * 2, tmp_path / "soup", workers=1, progress=stop, nonfinite="allow")
+    block["quantization_config"] |= again
+    (run / "config.json").write_text(json.dumps({**block, "dtype": "bfloat16"}))  # what decides nothing may change
+    if again:
+        with pytest.raises(ChangedIngredientError, match="configured"):
+            streamsoup.resume(tmp_path / "soup")
+    else:
+        streamsoup.resume(tmp_path / "soup")
+        assert same_bits(read_checkpoint(tmp_path / "soup"), expected)
+
+
+def test_a_file_is_read_by_the_configuration_beside_it(tmp_path):
+    tensors = {"a.weight": np.ones((5, 7), DTYPES["F8_E4M3"]), "a.weight_scale": np.ones((3, 3), np.float32)}
+    companions = {"config.json": json.dumps({"quantization_config": {"weight_block_size": [2, 3]}})}
+    run = write_checkpoint(tmp_path / "run", tensors, companions=companions)
+    (file,) = run.glob("*.safetensors")
+    whole, alone = open_checkpoints([str(run), str(file)])
+    assert whole.block == alone.block == (2, 3)
+    (run / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        open_checkpoints([str(file)])
+
+
+@pytest.mark.parametrize("scales", [(0, 2), (1, 2)])
+def test_a_weight_without_rows_may_have_no_scales(tmp_path, scales):
+    tensors = {
+        "a.weight": np.ones((0, 130), DTYPES["F8_E4M3"]),
+        "a.weight_scale_inv": np.ones(scales, np.float32),
+        "b.weight": np.ones((4, 4), DTYPES["F8_E4M3"]),
+        "b.weight_scale_inv": np.full((1, 1), 3, np.float32),
+    }
+    found = soup_of(tmp_path, [str(write_checkpoint(tmp_path / "run", tensors))], "soup", dtype="float32")
+    assert found["a.weight"].shape == (0, 130)
+    assert (found["b.weight"] == 3).all()
 
 
 # -- grids -------------------------------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+# Such a pattern may take for ever: a repeated group with something repeated in it.
+_RUNAWAY = re.compile(r"[*+}]\??\)+[*+{]")
+
+
 def _first_match(patterns: Mapping[str, Any], module: str) -> str:
     """Find a pattern as PEFT does (`get_pattern_key`)."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
@@ -159,6 +163,11 @@ def _patterns(document: Mapping[str, Any], key: str, path: str) -> Mapping[str, 
             raise CheckpointError(
                 f"{path}: {key} has {pattern!r}, which is no regular expression ({error}). Correct it.", path=path
             ) from None
+        if _RUNAWAY.search(pattern):
+            raise CheckpointError(
+                f"{path}: {key} has {pattern!r}, which repeats what repeats itself and may take for ever. Simplify it.",
+                path=path,
+            )
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.checkpoints.adapter_config import CONFIG_NAME, config_beside, read_document
-from streamsoup.checkpoints.protocol import Checkpoint, StoredCheckpoint
+from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.errors import MismatchError
 
 # What the factors mean, with PEFT's defaults.
@@ -43,7 +43,7 @@ def adapter_notes(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
         return ()
     path, expected = _settings(first)
     for other in checkpoints[1:]:
-        if not isinstance(other, StoredCheckpoint):  # a base with an adapter: its names will not fit
+        if not _has_factors(other):  # a base with an adapter: its names will not fit
             continue
         beside, found = _settings(other)
         for key, value in expected.items():
@@ -56,9 +56,7 @@ def adapter_notes(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
 
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
-    return isinstance(checkpoint, StoredCheckpoint) and any(
-        ".lora_A." in name or ".lora_embedding_A" in name for name in checkpoint.table.names
-    )
+    return any(".lora_A." in name or ".lora_embedding_A" in name for name in checkpoint.table.names)
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:

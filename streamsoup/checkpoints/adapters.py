@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints.adapter_changes import Changes, Matching, changed_dtypes
 from streamsoup.checkpoints.adapter_config import CONFIG_NAME, config_beside, parse_config, read_document
-from streamsoup.checkpoints.derived import DerivedCheckpoint, out_dtypes_of
+from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of
 from streamsoup.checkpoints.protocol import Checkpoint, StoredCheckpoint
+from streamsoup.checkpoints.table import pack
 from streamsoup.errors import CheckpointError
 from streamsoup.maps import address_of
 from streamsoup.source import STRIP_BYTES, PartReader, Source
@@ -28,7 +29,7 @@ _HIGHEST_RANK = STRIP_BYTES // (8 * _LANES)
 
 @dataclass(frozen=True)
 class AdaptedCheckpoint(DerivedCheckpoint):
-    """A base with one adapter on it. See `DerivedCheckpoint`; its parts are the base and the adapter.
+    """A base with one adapter on it. See `DerivedCheckpoint`; its parts are base, adapter, configuration.
 
     Attributes
     ----------
@@ -46,7 +47,7 @@ class AdaptedCheckpoint(DerivedCheckpoint):
 
     def derive(self, parts: Sequence[PartReader]) -> Source:
         """See `DerivedCheckpoint`."""
-        return _AdaptedSource(self, *parts)
+        return _AdaptedSource(self, *parts[:2])
 
 
 def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
@@ -63,14 +64,13 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
     CheckpointError
         If the adapter is none, is of another kind, or does not fit the base.
     """
-    if isinstance(adapter, DerivedCheckpoint) or (config := config_beside(str(adapter.folder or adapter.path))) is None:
+    if is_computed(adapter) or (config := config_beside(str(adapter.folder or adapter.path))) is None:
         raise CheckpointError(
             f"{path}: {adapter.path} has no {CONFIG_NAME}, so it is no adapter to put on {base.path}. Name checkpoints "
             "that are averaged one by one, without a plus.",
             path=path,
         )
     document, shard = read_document(config)
-    adapter = StoredCheckpoint(adapter.path, adapter.folder, (*adapter.shards, shard), adapter.table, adapter.metadata)
     changes = Matching(base, adapter, parse_config(document, str(config))).match()
     ranks = [adapter.table.shape(place)[0] for place in changes.a[changes.a >= 0].tolist()]
     if max(ranks, default=0) > _HIGHEST_RANK:
@@ -83,7 +83,8 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
     return AdaptedCheckpoint(
         path=path,
         folder=base.folder,
-        parts=(base, adapter),
+        # The configuration decides the scales, so it is a part, though nothing is read of it later.
+        parts=(base, adapter, StoredCheckpoint(str(config), None, (shard,), pack([], [], [], []), {})),
         table=replace(base.table, dtypes=changed_dtypes(base, adapter, changes)),
         metadata=base.metadata,
         out_dtypes=out_dtypes_of(base),
@@ -165,7 +166,7 @@ class _AdaptedSource(Source):
 
 def _weight_itemsize(checkpoint: AdaptedCheckpoint, position: int) -> int:
     replaced = int(checkpoint.changes.replaced[position])
-    base, adapter = checkpoint.parts
+    base, adapter, _ = checkpoint.parts
     return (base.table.dtype(position) if replaced < 0 else adapter.table.dtype(replaced)).itemsize
 
 
@@ -180,7 +181,7 @@ class _Sum:
         adapter: PartReader,
         room: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
     ) -> None:
-        changes, (stored, factors) = checkpoint.changes, checkpoint.parts
+        changes, (stored, factors, _) = checkpoint.changes, checkpoint.parts
         replaced = int(changes.replaced[position])
         self._weights = (base, position) if replaced < 0 else (adapter, replaced)
         self._weight = stored.table.dtype(position) if replaced < 0 else factors.table.dtype(replaced)

@@ -64,6 +64,11 @@ class DerivedCheckpoint:
         """Tensors that are written as `out_dtypes` says, whatever is asked for; shape (tensors,)."""
         return np.zeros(len(self.table), np.bool_)
 
+    @property
+    def settings(self) -> str:
+        """What decides the numbers beside the bytes of the parts; it belongs to the identity."""
+        return ""
+
     def prepare(self) -> None:
         """Compile what computes, or load it: memory that this takes is none of the engine's."""
         prepare_derived(self.parts)

@@ -102,6 +102,7 @@ def grid_of(shape: Sequence[int], scale_shape: Sequence[int], block: Block, *, m
     repeated = (whole, (1, whole[1]), (whole[0], 1)) if may_repeat else ()
     for sizes in (block, *repeated):
         grid = block_grid(shape, sizes)
-        if tuple(scale_shape) == (*shape[:-2], grid.lines, grid.line):
+        counts = [-(-size // step) for size, step in zip(shape[-2:], sizes, strict=True)]  # 0 of nothing
+        if tuple(scale_shape) in {(*shape[:-2], grid.lines, grid.line), (*shape[:-2], *counts)}:
             return grid
     return None

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,15 @@ def identify(checkpoint: Checkpoint) -> tuple[ShardIdentity, ...]:
     IngredientReadError
     """
     if isinstance(checkpoint, DerivedCheckpoint):
-        return tuple(shard for part in checkpoint.parts for shard in identify(part))
+        found = tuple(shard for part in checkpoint.parts for shard in identify(part))
+        settings = checkpoint.settings
+        return tuple(_with_settings(shard, settings) for shard in found) if settings else found
     return tuple(_identify_shard(checkpoint, i, shard) for i, shard in enumerate(checkpoint.shards))
+
+
+def _with_settings(shard: ShardIdentity, settings: str) -> ShardIdentity:
+    digest = hashlib.sha256(f"{shard.header_sha256} {settings}".encode()).hexdigest()
+    return replace(shard, header_sha256=digest)
 
 
 def _identify_shard(checkpoint: Checkpoint, number: int, shard: Shard) -> ShardIdentity:
@@ -158,7 +165,11 @@ def expect_identity(
     for now, then in zip(found, expected, strict=True):
         for field in ("size_bytes", "header_sha256", "sampled_blake2b"):
             if now[field] != then[field]:
-                difference = {"size_bytes": "size", "header_sha256": "header", "sampled_blake2b": "data"}[field]
+                difference = {
+                    "size_bytes": "size",
+                    "header_sha256": "header, or what is configured beside it,",
+                    "sampled_blake2b": "data",
+                }[field]
                 raise ChangedIngredientError(
                     f"{now['path']}: its {difference} changed since {what}. Put the old file back, or {otherwise}."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,15 @@ class ScaledCheckpoint(DerivedCheckpoint):
         block_scaled.prepare("dequantise")
 
     @property
+    def settings(self) -> str:
+        """See `DerivedCheckpoint`: how scales lie over weights may follow from config.json."""
+        scaled = np.flatnonzero(self.scaling.scales >= 0).tolist()
+        return repr([self.scaling.grid(position, self.block).sizes for position in scaled])
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """See `DerivedCheckpoint`."""
-        said = "8-bit floats were multiplied by their scales (quantization_config of config.json was left out)."
+        said = "8-bit floats were multiplied by their scales (of a config.json, quantization_config is left out)."
         if not self.scaling.unused:
             return (said,)
         return said, "Scales of activations, keys and values (input_scale, k_scale ...) were left out."
@@ -119,7 +126,7 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
     """
     if not _ODD[checkpoint.table.dtypes].any():
         return checkpoint
-    block = block_of(checkpoint.folder)
+    block = block_of(_folder_of(checkpoint))
     known = {} if known is None else known
     key = id(checkpoint.table), block  # the table is kept, so that its id is not another's
     if key not in known:
@@ -140,6 +147,11 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
         scaling=scaling,
         block=block,
     )
+
+
+def _folder_of(checkpoint: Checkpoint) -> Path | None:
+    """Where a configuration would lie, also of a checkpoint that was named by its file."""
+    return checkpoint.folder or next((Path(shard.path).parent for shard in checkpoint.shards), None)
 
 
 def _scaling(checkpoint: Checkpoint, block: Block) -> Scaling | None:

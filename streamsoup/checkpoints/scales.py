@@ -144,13 +144,19 @@ def block_of(folder: Path | None) -> Block:
     Raises
     ------
     CheckpointError
-        If what is said is no size.
+        If what is said is no size, or the file is no JSON.
     """
     config = None if folder is None else folder / "config.json"
     try:
         document = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except FileNotFoundError:
         return DEFAULT_BLOCK
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(
+            f"{config}: cannot be read as JSON, but may say how large the blocks of scales are. Mend it, or remove it "
+            "if they are 128x128.",
+            path=str(folder),
+        ) from None
     for found in _sizes(document):
         if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
             raise CheckpointError(
