@@ -150,6 +150,29 @@ def test_deep_nesting_does_not_overflow_the_stack():
         read_pickle(b"\x80\x02}N" + b"\x85" * depth + b"K\x01s.", "x")
 
 
+def test_what_an_object_is_filled_with_is_kept():
+    for protocol in (2, 4):
+        for value in (Filled(a=1.5), collections.deque([1.5])):
+            assert list(read_pickle(pickle.dumps(value, protocol), "x").items) == [1.5]
+        for kind in (dict, collections.OrderedDict, collections.Counter):
+            found = read_pickle(pickle.dumps(Call(kind, [("a", 1.5)]), protocol), "x")
+            assert found.arguments == ([("a", 1.5)],)
+
+
+class Filled(dict):
+    pass
+
+
+def test_states_and_keywords_do_not_replace_each_other():
+    found = read_pickle(b"\x80\x04cm\nn\n)}K\x01K\x02s\x92K\x03bK\x04b.", "x")
+    assert (found.state, found.items) == (4, [{1: 2}, 3])
+
+
+def test_what_a_made_maker_was_made_of_is_kept():
+    found = read_pickle(b"\x80\x04cm\nn\nK\x01\x85R)R.", "x")
+    assert found.items[0].arguments == (1,)
+
+
 def test_no_more_is_made_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr(pickles, "_MAX_STEPS", 100)
     with pytest.raises(CheckpointError, match="more than 100 instructions"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import pickle
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from factory import read_checkpoint, same_bits, write_checkpoint
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch_checkpoints import (
     expected,
     held,
@@ -86,6 +90,28 @@ def test_where_the_model_is(tmp_path, document):
     tensors = some_strided(0)
     path = save_distributed(tmp_path / "run", document(tensors))
     assert held(open_one(path)) == expected(tensors)
+
+
+@pytest.mark.parametrize("value", [np.ones(3), collections.deque([torch.ones(1)]), Namespace(w=torch.ones(1))])
+def test_what_was_saved_as_bytes_is_not_dropped_if_it_may_be_a_part_of_the_model(tmp_path, value):
+    path = save_distributed(tmp_path / "run", {"model": {"w": torch.ones(2), "q": value}})
+    refused(path, r"^q: is no tensor in .*\.metadata, but (numpy|collections\.deque|argparse)")
+
+
+def test_plain_values_and_what_layers_save_for_themselves_are_passed_over(tmp_path):
+    plain = {"step": 3, "names": ["a", {"b": 1.0}], "options": Namespace(lr=0.1), "fc._extra_state": np.ones(2)}
+    path = save_distributed(tmp_path / "run", {"w": torch.ones(2), **plain})
+    assert open_one(path).table.names == ("w",)
+
+
+def test_bytes_outside_the_file_are_refused(change):
+    def act(metadata):
+        entry = metadata.storage_data.pop(next(i for i in metadata.storage_data if i.fqn == "b"))
+        metadata.state_dict_metadata["b"] = BytesStorageMetadata()
+        entry.offset = 1 << 40
+        metadata.storage_data[MetadataIndex("b")] = entry
+
+    refused(change(act), r"^b: a chunk ends at byte")
 
 
 def test_a_key_says_where_the_model_is(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import subprocess
@@ -33,6 +34,10 @@ from streamsoup.windows import Windows
 from streamsoup.write import FileSink
 
 MODES = ("map", "ahead", "plain")
+
+
+class Net(torch.nn.Linear):
+    pass
 
 
 def soup_of(tmp_path, paths, name, **options):
@@ -168,12 +173,95 @@ def test_the_model_must_be_clear(tmp_path):
     other = {"student": {"a": torch.ones(1)}, "epoch": 1}
     refused(save(tmp_path / "other.pt", other), r"has 'student' at its top, .* --key")
     flat = {"w": torch.ones(1), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
-    refused(save(tmp_path / "flat.pt", flat), r"has tensors, 'optimizer' at its top, .* --key")
+    refused(save(tmp_path / "flat.pt", flat), r"has tensors such as 'w', 'optimizer' at its top, .* --key")
     both = {"model": {"a": torch.ones(1)}, "head.bias": torch.ones(2)}
-    refused(save(tmp_path / "both.pt", both), r"has tensors, 'model' at its top, .* --key")
+    refused(save(tmp_path / "both.pt", both), r"has tensors such as 'head.bias', 'model' at its top, .* --key")
     refused(tmp_path / "two.pt", r"nothing under key 'teacher'. Its mappings are: model, ema", key="teacher")
     refused(tmp_path / "two.pt", r"nothing under key 'model.b'", key="model.b")
     refused(tmp_path / "other.pt", r"holds a int under key 'epoch'", key="epoch")
+
+
+class Mapped(dict):
+    pass
+
+
+class Reduced:
+    def __init__(self, kind, arguments):
+        self.made = (kind, arguments)
+
+    def __reduce__(self):
+        return self.made
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (Mapped(weight=ONE), "Mapped"),
+        (collections.deque([ONE]), "deque"),
+        (collections.Counter({"weight": ONE}), "Counter"),
+        (Reduced(collections.OrderedDict, ([("weight", ONE)],)), "OrderedDict"),
+        (Reduced(dict, ({"weight": ONE},)), "dict"),
+        (Reduced(collections.defaultdict, (dict, {"weight": ONE})), "defaultdict"),
+        ([np.ones(3)], "list with tensors"),
+    ],
+)
+def test_what_a_class_would_make_of_tensors_is_not_dropped(tmp_path, value, what):
+    refused(save(tmp_path / "flat.pt", {"a.weight": ONE, "b": value}), rf"b: is no tensor in .*, but .*{what}")
+    refused(save(tmp_path / "in.pt", {"model": {"a": ONE, "b": value}}), rf"b: is no tensor in .*, but .*{what}")
+
+
+@pytest.mark.parametrize("name", ["head", "student", "ema", "best_model", "logit_scale", "optimal", "prompts"])
+@pytest.mark.parametrize("value", [ONE, {"weight": ONE}, Mapped(weight=ONE), [ONE]])
+def test_what_may_belong_to_the_model_is_not_left_out_beside_it(tmp_path, name, value):
+    path = save(tmp_path / "run.pt", {"model": {"a": ONE}, name: value})
+    refused(path, rf"has .*'{name}'.* at its top, and it is not clear which is the model\. .* --key")
+    assert open_torch_file(path, "model").table.names == ("a",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "optimizer",
+            "optimizer_states",
+            "optim_g",
+            "optimizer_state_dict",
+            "lr_scheduler",
+            "schedulers",
+            "callbacks",
+        ),
+        *(
+            "grad_scaler",
+            "amp_scaler",
+            "loops",
+            "rng_state",
+            "cuda_rng_states",
+            "random_states_0",
+            "last_optimizer_state",
+        ),
+    ],
+)
+@pytest.mark.parametrize("value", [{"x": {0: ONE}}, [ONE], Mapped(x=ONE)])
+def test_the_state_of_training_is_left_out(tmp_path, name, value):
+    beside = {"best_loss": ONE, "global_step": ONE, "losses": [ONE], "val_acc": ONE, "rng": ONE}
+    path = save(tmp_path / "run.pt", {"model": {"a": ONE}, name: value, **beside})
+    assert open_torch_file(path).table.names == ("a",)
+
+
+def test_a_model_of_nothing_but_lists_is_refused(tmp_path):
+    refused(save(tmp_path / "run.pt", {"model": {"a": [ONE]}}), "a: is no tensor in .*, but list with tensors")
+
+
+@pytest.mark.parametrize("key", [b"w", ("a", "b"), None, 1.5, True, Net])
+@pytest.mark.parametrize("value", [ONE, {"a": ONE}, [ONE]])
+def test_keys_that_are_no_text_name_no_tensors(tmp_path, key, value):
+    refused(save(tmp_path / "flat.pt", {"a": ONE, key: value}), "a tensor has a key that is no text", key=".")
+    refused(save(tmp_path / "in.pt", {"model": {"a": {key: value}}}), "a tensor under a has a key that is no text")
+    path = save(tmp_path / "other.pt", {"a": ONE, "labels": {key: 3}, 7: ONE})
+    assert open_torch_file(path).table.names == ("a", "7")
 
 
 def test_values_that_are_there_many_times_are_no_bomb(tmp_path, monkeypatch):
@@ -191,10 +279,6 @@ def test_values_that_are_there_many_times_are_no_bomb(tmp_path, monkeypatch):
     refused(save(tmp_path / "wide.pt", {"model": {"w": torch.ones(1), "x": wide}}), "more than 10,000 values")
     monkeypatch.setattr(nested, "_MAX_NAMES_BYTES", 1000)
     refused(save(tmp_path / "long.pt", {"x" * 1001: torch.ones(1)}), "names of megabytes")
-
-
-class Net(torch.nn.Linear):
-    pass
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path):

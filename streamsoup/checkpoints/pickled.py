@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -24,14 +25,23 @@ class Made:
     arguments : tuple
     state : object
         What it is to be given afterwards.
+    items : list, or () if there are none
+        What it is to be filled with: values of a mapping, members of a list, what it is made by.
     """
 
-    __slots__ = ("arguments", "name", "state")
+    __slots__ = ("arguments", "items", "name", "state")
 
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.name = name
         self.arguments = arguments
         self.state: Any = None
+        self.items: list[Any] | tuple[()] = ()  # a list for each of a million tensors would take 56 MB
+
+    def fill(self, items: Sequence[Any]) -> None:
+        """Remember more of what it is to be filled with."""
+        if isinstance(self.items, tuple):
+            self.items = []
+        self.items.extend(items)
 
 
 class Elsewhere:

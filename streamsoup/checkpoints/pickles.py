@@ -48,7 +48,9 @@ def read_pickle(raw: bytes, where: str) -> Any:
     machine = _Machine(raw, where)
     try:
         return machine.run()
-    except (IndexError, KeyError, TypeError, ValueError, EOFError, struct.error, OverflowError) as error:
+    except (
+        IndexError, KeyError, TypeError, ValueError, EOFError, struct.error, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
@@ -140,10 +142,15 @@ class _Machine:
         self.stack.append(found)
 
     def make(self, maker: Any, arguments: Any) -> None:
-        if not isinstance(arguments, tuple):
+        if not isinstance(arguments, tuple) or not isinstance(maker, Named | Made):
             raise TypeError
-        name = maker.name if isinstance(maker, Named | Made) else type(maker).__name__
-        self.stack.append({} if name in _MAPPINGS else Made(name, arguments))
+        if isinstance(maker, Named) and maker.name in _MAPPINGS and _makes_empty(maker.name, arguments):
+            self.stack.append({})
+            return
+        made = Made(maker.name, arguments)
+        if isinstance(maker, Made):
+            made.fill([maker])
+        self.stack.append(made)
 
     def make_object(self) -> None:
         arguments = self.stack.pop()
@@ -152,17 +159,22 @@ class _Machine:
     def make_with_keywords(self) -> None:
         keywords = self.stack.pop()
         self.make_object()
-        if isinstance(self.stack[-1], Made):
-            self.stack[-1].state = keywords
+        if not isinstance(self.stack[-1], Made):
+            raise TypeError
+        self.stack[-1].fill([keywords])
 
     def give_state(self) -> None:
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Made):
-            self.stack[-1].state = state
+        target = self.stack[-1]
+        if isinstance(target, Made):
+            if target.state is not None:
+                target.fill([target.state])
+            target.state = state
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Made):
+            target.fill(items[1::2])
             return
         if type(target) is not dict or len(items) % 2:
             raise TypeError
@@ -177,6 +189,7 @@ class _Machine:
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Made):
+            target.fill(items)
             return
         if type(target) is not list:
             raise TypeError
@@ -192,6 +205,11 @@ class _Machine:
         items = self.since_mark()
         self.push({})
         self.set_items(items)
+
+
+def _makes_empty(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a mapping is made empty, to be filled afterwards as `pickle` does it."""
+    return not arguments or (name.endswith("defaultdict") and len(arguments) == 1)
 
 
 def _expect_key(key: Any) -> None:

@@ -170,6 +170,20 @@ def _pread(fd: int, begin: int, nbytes: int) -> bytes:
     return raw
 
 
+def expect_inside(name: str, path: str, end: int, size_bytes: int) -> None:
+    """Refuse a chunk that reaches beyond its file.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    if end > size_bytes:
+        raise CheckpointError(
+            f"{name}: a chunk ends at byte {end:,} of {path}, which has {size_bytes:,}. Copy the file again.",
+            path=path,
+        )
+
+
 def digest_of(*things: Any) -> str:
     """Hash bytes and plain values."""
     digest = hashlib.sha256()

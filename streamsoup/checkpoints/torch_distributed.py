@@ -23,7 +23,7 @@ from streamsoup.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle
 from streamsoup.checkpoints.pieces import Piece, Pieced, arrange
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.safetensors import Parsed
-from streamsoup.checkpoints.torch_archive import Archive, digest_of, left_cold
+from streamsoup.checkpoints.torch_archive import Archive, digest_of, expect_inside, left_cold
 from streamsoup.checkpoints.torch_tensors import TORCH_DTYPES, TorchTensor, is_tensor, read_tensor, sizes_of
 from streamsoup.dtypes import DType
 from streamsoup.errors import CheckpointError, UnsupportedDTypeError
@@ -109,6 +109,7 @@ class _Metadata:
     """The pickle that describes a folder."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._path = str(folder / _METADATA)
         with reading(self._path, "a checkpoint") as (fd, stat):
             if stat.st_size > MAX_PICKLE_BYTES:
@@ -124,8 +125,20 @@ class _Metadata:
 
     def tensors(self, key: str | None) -> dict[str, _Saved]:
         """Return the model's tensors by their names in it."""
-        found = model_tensors(self._nested(), key, self._path, lambda value: isinstance(value, _Leaf))
+        found = model_tensors(self._nested(), key, self._path, _is_tensor, self._look)
         return {name: self._saved(leaf) for name, leaf in found.items()}
+
+    def _look(self, value: Any) -> Any:
+        """Read what was saved as bytes, since it may be an array or an object with tensors."""
+        # What layers save beside their tensors has this name in torch, and is for them alone.
+        if value.name.rpartition(".")[2] == "_extra_state":
+            return None
+        file, begin, nbytes = self._range(value.name, ())
+        path = str(self._folder / file)
+        with reading(path, "a checkpoint") as (fd, stat), left_cold(fd, path, stat.st_size):
+            expect_inside(value.name, path, begin + nbytes, stat.st_size)
+            where = f"{path} at byte {begin:,}"
+            return read_pickle(Archive(fd, where, begin, nbytes).pickle, where)
 
     def _nested(self) -> dict[Any, Any]:
         """Put the flat names of the metadata back into the mappings that were saved."""
@@ -141,7 +154,7 @@ class _Metadata:
                 if type(at) is not dict:
                     self._damaged(f"has two values for {name}")
             is_leaf = isinstance(value, Made) and value.name.endswith(".TensorStorageMetadata")
-            at[steps[-1]] = _Leaf(name, value) if is_leaf else None
+            at[steps[-1]] = _Leaf(name, value if is_leaf else None)
         return top
 
     def _saved(self, leaf: _Leaf) -> _Saved:
@@ -235,10 +248,14 @@ class _Metadata:
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """A tensor among nested mappings."""
+    """A tensor among nested mappings, or (None) what was saved as bytes."""
 
     name: str
-    value: Made
+    value: Made | None
+
+
+def _is_tensor(value: Any) -> bool:
+    return value.value is not None if isinstance(value, _Leaf) else is_tensor(value)
 
 
 def _look_into(
@@ -261,12 +278,7 @@ def _pieces(
     understood: dict[bytes, TorchTensor] = {}  # most chunks are described alike
     for tensor, chunk in wanted:
         where = f"{path} at byte {chunk.begin:,}"
-        if chunk.begin + chunk.nbytes > size_bytes:
-            raise CheckpointError(
-                f"{tensor.name}: a chunk ends at byte {chunk.begin + chunk.nbytes:,} of {path}, which has "
-                f"{size_bytes:,}. Copy the file again.",
-                path=path,
-            )
+        expect_inside(tensor.name, path, chunk.begin + chunk.nbytes, size_bytes)
         archive = Archive(fd, where, chunk.begin, chunk.nbytes)
         stored = understood.get(archive.pickle)
         if stored is None:
