@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -171,6 +172,19 @@ def test_states_and_keywords_do_not_replace_each_other():
 def test_what_a_made_maker_was_made_of_is_kept():
     found = read_pickle(b"\x80\x04cm\nn\nK\x01\x85R)R.", "x")
     assert found.items[0].arguments == (1,)
+
+
+@pytest.mark.parametrize("name", [b"]" + b"2\x86" * 18, b")" + b"\x85" * 100_000], ids=["shared", "deep"])
+@pytest.mark.parametrize("first", [True, False])
+def test_names_that_are_no_text_are_not_made_text(name, first):
+    text = b"\x8c\x01a"
+    raw = b"\x80\x04" + (name + text if first else text + name) + b"\x93."
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_pickle(raw, "x")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 64 * len(raw) + 100_000
 
 
 def test_no_more_is_made_than_there_is_room_for(monkeypatch):

@@ -126,11 +126,12 @@ class _Machine:
         self.memo[index] = self.stack[-1]
 
     def name(self, module: Any, name: Any) -> None:
+        # Before anything is made of them: the text of lists that are in each other many times has no end.
+        if type(module) is not str or type(name) is not str:
+            raise TypeError
         whole = f"{module}.{name}"
         found = self.named.get(whole)
         if found is None:
-            if type(module) is not str or type(name) is not str:
-                raise TypeError
             builtin = module in ("builtins", "__builtin__", "io", "_io") and name.split(".")[0] in _HOSTILE_BUILTINS
             if builtin or module.split(".")[0] in _HOSTILE_MODULES:
                 raise CheckpointError(
