@@ -17,7 +17,17 @@ import torch
 from adapter_pools import write_adapter, write_base
 from factory import read_checkpoint, same_bits, write_checkpoint
 from safetensors.torch import load_file
-from torch_checkpoints import TORCH, expected, held, open_one, save, some_strided, some_tensors, to_numpy
+from torch_checkpoints import (
+    TORCH,
+    expected,
+    held,
+    open_one,
+    save,
+    save_distributed,
+    some_strided,
+    some_tensors,
+    to_numpy,
+)
 
 import streamsoup
 from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, expand_paths, identify, nested, open_checkpoints
@@ -549,6 +559,40 @@ def test_an_interrupted_soup_goes_on_to_the_same_bits(tmp_path, make, monkeypatc
             streamsoup.soup(runs, tmp_path / "soup", workers=1)
     streamsoup.resume(tmp_path / "soup")
     assert same_bits(read_checkpoint(tmp_path / "soup"), wanted)
+
+
+@pytest.mark.parametrize("nested_in", [None, "model"])
+def test_layers_are_picked_as_of_safetensors_files(tmp_path, nested_in):
+    def slices(one, other):
+        return [f"{one}[0:1]+{other}[1:2]"]
+
+    tensors = [
+        {
+            "embed.w": torch.randn(4, 3),
+            **{f"layers.{n}.w": torch.randn(5, 3) for n in range(3)},
+            "norm.w": torch.ones(3),
+        }
+        for _ in range(2)
+    ]
+    plain = [write_checkpoint(tmp_path / f"plain{i}", to_numpy(t)) for i, t in enumerate(tensors)]
+    files = [save(tmp_path / f"run{i}.pt", {"model": t, "ema": t} if nested_in else t) for i, t in enumerate(tensors)]
+    wanted = soup_of(tmp_path, slices(*plain), "wanted")
+    assert set(wanted) == {"embed.w", "layers.0.w", "layers.1.w", "norm.w"}
+    assert same_bits(soup_of(tmp_path, slices(*files), "found", key=nested_in), wanted)
+    if not nested_in:
+        assert same_bits(soup_of(tmp_path, slices(plain[0], files[1]), "mixed"), wanted)
+        first = expected(tensors[0])["layers.0.w"]
+        made = save_distributed(tmp_path / "dcp", tensors[0])
+        assert held(open_one(slices(made, made)[0]))["layers.0.w"] == first
+
+
+def test_layers_that_do_not_lie_in_one_piece_are_not_picked(tmp_path):
+    path = save(tmp_path / "run.pt", {f"layers.{n}.w": torch.randn(5, 3).t() for n in range(2)})
+    with pytest.raises(CheckpointError, match=rf"^{path}: has tensors that are transposed, .* streamsoup convert"):
+        open_one(f"{path}[0:1]+{path}[1:2]")
+    plain = write_checkpoint(tmp_path / "plain", {"layers.0.w": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match=r"has no entries of which model could be one"):
+        streamsoup.soup([f"{plain}[0:1]"], tmp_path / "soup", key="model")
 
 
 def test_patterns_are_in_natural_order(tmp_path):

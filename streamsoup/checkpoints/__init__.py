@@ -26,15 +26,14 @@ from streamsoup.checkpoints.opening import AS_THEY_ARE, Opening
 from streamsoup.checkpoints.paths import absolute_path, given_paths, pinned_path, real_path, short_path, split_path
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
 from streamsoup.checkpoints.quantising import quantised, scaled_names
-from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.safetensors import Parsed
 from streamsoup.checkpoints.scaled import dequantised
 from streamsoup.checkpoints.selected import arranged_like, select
 from streamsoup.checkpoints.shared import LeftOut, advice_on
 from streamsoup.checkpoints.sliced import open_sliced, split_parts
+from streamsoup.checkpoints.stored import open_stored
 from streamsoup.checkpoints.table import TensorTable
-from streamsoup.checkpoints.torch_distributed import is_torch_distributed, open_torch_distributed
-from streamsoup.checkpoints.torch_file import is_torch_file, open_torch_file
-from streamsoup.errors import CheckpointError, CheckpointNotFoundError
+from streamsoup.errors import CheckpointNotFoundError
 
 __all__ = [
     "AS_THEY_ARE",
@@ -133,20 +132,9 @@ def _open(path: str, parsed: Parsed, key: str | None = None) -> Checkpoint:
         snapshot = find_snapshot(path)
         found: Any = _open(snapshot.place, parsed, key)
         return replace(found, path=snapshot.pinned, folder=snapshot.folder)  # type: ignore[no-any-return]
-    return dequantised(_open_stored(path, parsed, key), parsed.scalings)
-
-
-def _open_stored(path: str, parsed: Parsed, key: str | None) -> Checkpoint:
     parts = split_parts(path)
-    if not parts and is_torch_distributed(path):
-        return open_torch_distributed(path, key, parsed)
-    if not parts and is_torch_file(path):
-        return open_torch_file(path, key, parsed)
-    if key is not None:
-        raise CheckpointError(
-            f"{path}: has no entries of which {key} could be one: only files of torch have. Leave --key out.", path=path
-        )
-    return open_sliced(path, parts, parsed) if parts else open_safetensors(path, parsed)
+    stored = open_sliced(path, parts, parsed, key) if parts else open_stored(path, parsed, key)
+    return dequantised(stored, parsed.scalings)
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:

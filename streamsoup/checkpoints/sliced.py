@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamsoup.checkpoints.protocol import Checkpoint, Shard, StoredCheckpoint
-from streamsoup.checkpoints.safetensors import Parsed, open_safetensors
+from streamsoup.checkpoints.safetensors import Parsed
+from streamsoup.checkpoints.stored import open_stored
 from streamsoup.checkpoints.table import pack
 from streamsoup.errors import CheckpointError, MismatchError
 from streamsoup.layers import layer_of, stacks_of
@@ -88,15 +89,19 @@ def split_parts(path: str) -> tuple[Part, ...]:
     return parts
 
 
-def open_sliced(path: str, parts: Sequence[Part], parsed: Parsed | None = None) -> SlicedCheckpoint:
+def open_sliced(
+    path: str, parts: Sequence[Part], parsed: Parsed | None = None, key: str | None = None
+) -> SlicedCheckpoint:
     """Open the checkpoints that the parts are of, and pick their tensors; none is read.
+
+    `key` is where the model is in files of PyTorch.
 
     Raises
     ------
     CheckpointError, MismatchError
-        If there are no such layers, or they are not alike.
+        If there are no such layers, they are not alike, or their tensors do not lie in one piece each.
     """
-    sources = {part.path: open_safetensors(part.path, parsed) for part in parts}
+    sources = {part.path: _in_place(part.path, parsed, key) for part in parts}
     rows = _rows(parts, sources)
     first_shard: dict[str, int] = {}
     shards: list[Shard] = []
@@ -119,10 +124,21 @@ def open_sliced(path: str, parts: Sequence[Part], parsed: Parsed | None = None) 
     return SlicedCheckpoint(path, first.folder, tuple(shards), table, first.metadata, layers, before)
 
 
+def _in_place(path: str, parsed: Parsed | None, key: str | None) -> StoredCheckpoint:
+    found = open_stored(path, parsed, key)
+    if isinstance(found, StoredCheckpoint):
+        return found
+    raise CheckpointError(
+        f"{path}: has tensors that are transposed, or in pieces of several processes, so layers cannot be picked out "
+        "of it in place. Write it as safetensors with streamsoup convert, and pick them there.",
+        path=path,
+    )
+
+
 def rows_of(parts: Sequence[Part]) -> list[Row]:
     """Say of each tensor where it comes from."""
     parsed = Parsed()
-    return _rows(parts, {part.path: open_safetensors(part.path, parsed) for part in parts})
+    return _rows(parts, {part.path: open_stored(part.path, parsed) for part in parts})
 
 
 def layer_stack(checkpoint: Checkpoint) -> tuple[str, int]:
