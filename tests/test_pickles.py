@@ -187,6 +187,31 @@ def test_names_that_are_no_text_are_not_made_text(name, first):
     assert peak_bytes < 64 * len(raw) + 100_000
 
 
+@pytest.mark.parametrize("wrap", [lambda key: key, lambda key: ("a", key)])
+def test_numbers_that_could_all_have_one_hash_are_no_keys(wrap):
+    kept = {wrap(sign * (2**64 - 1)): 1 for sign in (-1, 1)}
+    assert read_pickle(pickle.dumps(kept), "x") == kept
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_pickle(pickle.dumps({wrap(k * (2**61 - 1)): k for k in range(1, 50)}), "x")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        *([b"}"], [b"}", b"\x94"], [b"\x94"], [b"\x8f"], [b"2", b"\x86"], [b"}", b"N", b"N", b"s"]),
+        *([b"2", b")", b"R", b"]", b"a"], [b"X\x04\0\0\0\xf0\x9f\x98\x80"], [b"r%i"], [b"cm\n%s\n"]),
+    ],
+)
+def test_a_step_takes_no_more_memory_than_is_said(steps):
+    count, step = 150_000 // len(steps), b"".join(steps)
+    body = b"".join(step.replace(b"%s", b"%08x" % i).replace(b"%i", i.to_bytes(4, "little")) for i in range(count))
+    tracemalloc.start()
+    read_pickle(b"\x80\x02cm\nn\n" + body + b".", "x")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes <= 220 * count * len(steps)
+
+
 def test_no_more_is_made_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr(pickles, "_MAX_STEPS", 100)
     with pytest.raises(CheckpointError, match="more than 100 instructions"):

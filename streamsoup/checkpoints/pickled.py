@@ -51,3 +51,19 @@ class Elsewhere:
 
     def __init__(self, place: Any) -> None:
         self.place = place
+
+
+def expect_key(key: Any) -> None:
+    """Refuse what cannot be hashed in time and within the stack.
+
+    A tuple in a tuple in a tuple ... overflows the stack. Any number of whole numbers of more than 64 bits have one
+    hash, and a dict of them takes the square of the time.
+
+    Raises
+    ------
+    TypeError
+    """
+    plain = str, int, float, bytes, type(None), Made, Named
+    for part in key if isinstance(key, tuple) else (key,):
+        if not isinstance(part, plain) or (isinstance(part, int) and part.bit_length() > 64):
+            raise TypeError
