@@ -124,6 +124,13 @@ def test_tensors(tmp_path, base, case):
     assert str(tmp_path / "lora") in message
 
 
+def test_a_configuration_of_any_size_is_not_read(tmp_path, base):
+    write_adapter(tmp_path / "lora")
+    with (tmp_path / "lora" / "adapter_config.json").open("a") as file:
+        file.write(" " * (1 << 22))
+    assert "bytes, but a configuration at most" in refusal(base, tmp_path / "lora")
+
+
 CONFIGS = {
     "ia3": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     "none": ({"peft_type": None}, "peft_type is None"),

@@ -374,6 +374,16 @@ def test_a_soup_goes_on_only_with_the_same_blocks(tmp_path, monkeypatch, again):
         assert same_bits(read_checkpoint(tmp_path / "soup"), expected)
 
 
+def test_a_configuration_of_any_size_is_not_read(tmp_path):
+    tensors = {"a.weight": np.ones((5, 7), DTYPES["F8_E4M3"]), "a.weight_scale": np.ones((3, 3), np.float32)}
+    companions = {"config.json": json.dumps({"quantization_config": {"weight_block_size": [2, 3]}})}
+    run = write_checkpoint(tmp_path / "run", tensors, companions=companions)
+    with (run / "config.json").open("a") as file:
+        file.write(" " * (1 << 22))
+    with pytest.raises(CheckpointError, match=r"config\.json: has 4,194,\d+ bytes, but a configuration at most"):
+        open_checkpoints([str(run)])
+
+
 def test_a_file_is_read_by_the_configuration_beside_it(tmp_path):
     tensors = {"a.weight": np.ones((5, 7), DTYPES["F8_E4M3"]), "a.weight_scale": np.ones((3, 3), np.float32)}
     companions = {"config.json": json.dumps({"quantization_config": {"weight_block_size": [2, 3]}})}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamsoup.checkpoints.beside import read_config
 from streamsoup.checkpoints.protocol import Shard
 from streamsoup.errors import CheckpointError
 
@@ -95,12 +96,9 @@ def read_document(path: Path) -> tuple[dict[str, Any], Shard]:
     ------
     CheckpointError
     """
+    raw, stat = read_config(path)
     try:
-        with path.open("rb") as file:
-            raw, stat = file.read(), os.fstat(file.fileno())
         document = json.loads(raw)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).", path=str(path)) from error
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from streamsoup.checkpoints.beside import read_config
 from streamsoup.checkpoints.grids import DEFAULT_BLOCK, Block, grid_of
 from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.errors import CheckpointError, UnsupportedDTypeError
@@ -144,14 +145,15 @@ def block_of(folder: Path | None) -> Block:
     Raises
     ------
     CheckpointError
-        If what is said is no size, or the file is no JSON.
+        If what is said is no size, or the file is no JSON or too large.
     """
     config = None if folder is None else folder / "config.json"
-    try:
-        document = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if config is None or not config.exists():
         return DEFAULT_BLOCK
-    except (OSError, ValueError, RecursionError):
+    raw, _ = read_config(config)
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError):
         raise CheckpointError(
             f"{config}: cannot be read as JSON, but may say how large the blocks of scales are. Mend it, or remove it "
             "if they are 128x128.",
