@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamsoup.checkpoints import split_path
 from streamsoup.cli.printing import naming_json, naming_rows, on_device
 from streamsoup.units import format_binary, format_bytes, format_seconds
 
@@ -49,6 +48,8 @@ class Table:
 
 
 def _name(path: str) -> str:
+    from streamsoup.checkpoints import split_path
+
     parts = [Path(part) for part in split_path(path)]
     name = "+".join(part.name for part in parts) if len(parts) > 1 else "/".join(parts[0].parts[-2:])
     return name if len(name) <= 28 else f"...{name[-25:]}"
