@@ -367,6 +367,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        # A command line with --quiet, run in this process by another test, sets it.
+        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
         yield hub
 
 
