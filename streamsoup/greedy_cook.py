@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.candidate import Candidate
-from streamsoup.checkpoints import expand_paths, expect_identity, identify, identity_to_json
+from streamsoup.checkpoints import expand_paths, expect_identity, given_paths, identify, identity_to_json
 from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.evaluator import check_jobs
 from streamsoup.files import lock_folder, require_space_at, writing_to
@@ -89,7 +89,7 @@ def greedy(
     Source: Wortsman et al. 2022, arXiv 2203.05482, Recipe 1.
     """
     job = make_job(
-        expand_paths([str(path) for path in ingredients]),
+        expand_paths(given_paths(ingredients)),
         None if out is None else str(out),
         score_command=score if isinstance(score, str) else None,
         before_command=before_score if isinstance(before_score, str) else None,

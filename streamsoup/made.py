@@ -60,6 +60,10 @@ def read_made(path: str | Path) -> Made:
         base = [manifest["base"]] if "base" in manifest else []
         records = (*base, *manifest["ingredients"], *manifest.get("importances", []))
         whole = all(isinstance(r["shards"], list) and isinstance(r["content_digest"], str) for r in records)
+        whole = whole and all(isinstance(shard, dict) for record in records for shard in record["shards"])
+        whole = whole and isinstance(manifest.get("notes", []), list)
+        weights = [entry["weight"] for entry in manifest["ingredients"]]
+        whole = whole and (manifest["method"], weights) == (recipe.label, [i.weight for i in recipe.ingredients])
         whole = whole and all(isinstance(s["name"], str) and s["size_bytes"] >= 0 for s in manifest["shards"])
     except (KeyError, TypeError):
         records, whole = (), False

@@ -157,7 +157,13 @@ class Pool:
         self.notes = (*adapter_notes(opened), *remarks_of(opened))
         for note in self.notes:
             _log.warning(note)
+        objects = [given.path for given in self.paths if not isinstance(given, str)]
         self.paths = [given if isinstance(given, str) else given.path for given in self.paths]
+        if twice := next((path for path in objects if self.paths.count(path) > 1), None):
+            raise RecipeError(
+                f"{twice}: several were given under this name. Give one live state, and open checkpoints with paths of "
+                "their own."
+            )
         # One layout serves all plans of the pool, whichever checkpoint comes first in them.
         self.checkpoints: dict[str, Checkpoint] = {
             path: arranged_like(checkpoint, opened[0]) for path, checkpoint in zip(self.paths, opened, strict=True)
@@ -221,7 +227,7 @@ class Pool:
         """Where a running sum is to be kept: ``device``, ``host`` or ``disk``."""
         if self.options.sums != "auto":
             return self.options.sums
-        if self.sum_bytes <= self.backend.bytes_to_hold:
+        if self.sum_bytes <= self.backend.bytes_to_hold and self.backend.bytes_to_hold:
             return "device"
         return "host" if self.sum_bytes <= self.budget_bytes // 2 else "disk"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsoup.checkpoints import Checkpoint, DerivedCheckpoint
+from streamsoup.checkpoints.beside import WEIGHTS
 from streamsoup.errors import DestinationError, ResumeError
 from streamsoup.files import is_locked, lock_folder, sync, write_durably
 from streamsoup.manifest import MANIFEST_NAME, RECIPE_NAME
@@ -62,10 +63,21 @@ class Destination:
 
 
 def destination_of(out: str | Path) -> Destination:
-    """Make a destination of what a person wrote."""
+    """Make a destination of what a person wrote.
+
+    Raises
+    ------
+    DestinationError
+        If it is the root, or a file of another format.
+    """
     path = Path(os.path.abspath(out))
     if not path.name:
         raise DestinationError(f"{out}: is the root of a file system. Name a new folder.")
+    if path.suffix in WEIGHTS - {".safetensors"}:
+        raise DestinationError(
+            f"{out}: would be a file of another format, but safetensors are written. Name a new folder, or a file that "
+            "ends in .safetensors."
+        )
     return Destination(path)
 
 

@@ -29,6 +29,7 @@ from streamsoup.errors import (
     BudgetError,
     ChangedIngredientError,
     CheckpointNotFoundError,
+    DestinationError,
     DiskSpaceError,
     MismatchError,
     NonFiniteError,
@@ -526,3 +527,14 @@ def test_one_path_may_be_a_path(tmp_path):
     (one,) = fine_tunes(tmp_path / "runs", 1)
     streamsoup.soup(Path(one), tmp_path / "soup")
     assert same_bits(read_checkpoint(tmp_path / "soup"), read_checkpoint(Path(one)))
+
+
+def test_a_live_state_is_no_path(tmp_path):
+    with pytest.raises(RecipeError, match=r"not a dict. Give live tensors to streamsoup\.open"):
+        streamsoup.soup([{"w": np.ones(3)}], tmp_path / "soup")
+
+
+@pytest.mark.parametrize("name", ["soup.pt", "soup.bin", "soup.gguf"])
+def test_a_file_of_another_format_is_not_promised(tmp_path, name):
+    with pytest.raises(DestinationError, match=r"ends in \.safetensors"):
+        streamsoup.soup(fine_tunes(tmp_path / "runs", 2), tmp_path / name)

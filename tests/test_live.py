@@ -487,3 +487,51 @@ def test_rules_for_names_are_those_of_live_states_too(tmp_path):
     assert "net.a.weight" in found
     view = streamsoup.open([paths[0], given[1]], rename={"^a": "net.a"})
     assert torch.equal(view["net.a.weight"], expected["a.weight"])
+
+
+LIKES = {
+    "shape": {"w": torch.zeros(6, 4), "v": torch.zeros(5)},
+    "fewer elements": {"w": torch.zeros(3), "v": torch.zeros(5)},
+    "fewer tensors": {"w": torch.zeros(4, 6)},
+    "more tensors": {"w": torch.zeros(4, 6), "v": torch.zeros(5), "x": torch.zeros(2)},
+    "another name": {"w": torch.zeros(4, 6), "u": torch.zeros(5)},
+    "no float": {"w": torch.zeros(4, 6, dtype=torch.int32), "v": torch.zeros(5)},
+    "float64": {"w": torch.zeros(4, 6, dtype=torch.float64), "v": torch.zeros(5, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
+def test_a_kept_sum_is_not_taken_for_that_of_another_network(tmp_path, like):
+    state = {"w": torch.arange(24.0).view(4, 6), "v": torch.ones(5)}
+    with streamsoup.RunningSoup(state, folder=tmp_path / "sum", budget_bytes=BUDGET) as running:
+        running.add(state)
+    with pytest.raises(ResumeError, match="other names, shapes or order"):
+        streamsoup.RunningSoup.open(tmp_path / "sum", like=like, budget_bytes=BUDGET)
+    with streamsoup.RunningSoup.open(tmp_path / "sum", like=state, budget_bytes=BUDGET) as running:
+        assert same(running.mean().tensors(), state)
+
+
+@pytest.mark.parametrize("names", [("w", "v"), ("w:0", "v:0")])
+def test_a_kept_sum_reopened_in_another_order_is_right_or_refused(tmp_path, names):
+    """Names that are no plain paths are arrays by number."""
+    state = {names[0]: torch.ones(4), names[1]: torch.full((4,), 2.0)}
+    with streamsoup.RunningSoup(state, folder=tmp_path / "sum", budget_bytes=BUDGET) as running:
+        running.add(state)
+    other = dict(reversed(state.items()))
+    if ":" in names[0]:
+        with pytest.raises(ResumeError, match="order"):
+            streamsoup.RunningSoup.open(tmp_path / "sum", like=other, budget_bytes=BUDGET)
+    else:
+        with streamsoup.RunningSoup.open(tmp_path / "sum", like=other, budget_bytes=BUDGET) as running:
+            assert same(running.mean().tensors(), state)
+
+
+def test_one_live_state_gives_names_and_dtypes():
+    state = {"w": torch.ones(4)}
+    with pytest.raises(RecipeError, match="Give one live state"):
+        streamsoup.RunningSoup([state, {"w": torch.ones(4, dtype=torch.float16)}], budget_bytes=BUDGET)
+
+
+def test_a_sum_of_nothing_that_is_averaged():
+    running = streamsoup.RunningSoup({"n": torch.tensor(3)}, budget_bytes=BUDGET)
+    assert running.add({"n": torch.tensor(3)}).mean().tensors()["n"] == 3

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from factory import SHAPES, realistic, write_checkpoint
+from factory import SHAPES, fine_tunes, realistic, write_checkpoint
 
 import streamsoup
 from streamsoup.checkpoints import open_checkpoints
@@ -323,3 +323,23 @@ def test_an_error_is_one_sentence(cli, tmp_path, runs, arguments, code, part):
     assert (done.returncode, done.stdout) == (code, "")
     assert part in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["ingredients"][0].update(weight=9.0),
+        lambda m: m.update(method="greedy"),
+        lambda m: m.update(notes=3),
+        lambda m: m["ingredients"][0].update(shards=[3]),
+    ],
+    ids=["weight", "method", "notes", "shards"],
+)
+def test_a_manifest_that_says_other_things_than_the_recipe_is_refused(tmp_path, change):
+    streamsoup.soup(fine_tunes(tmp_path / "runs", 2), tmp_path / "soup")
+    file = tmp_path / "soup" / "streamsoup.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not belong to"):
+        streamsoup.verify(tmp_path / "soup")

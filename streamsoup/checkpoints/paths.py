@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamsoup.checkpoints.hub import absolute, is_there, pinned, real
 from streamsoup.checkpoints.sliced import split_parts
+from streamsoup.errors import RecipeError
 
 
 def split_path(path: str, exists: Callable[[str], bool] = is_there) -> tuple[str, ...]:
@@ -71,8 +72,21 @@ def pinned_path(path: str) -> str:
 
 
 def given_paths(ingredients: str | Path | Sequence[str | Path]) -> list[str]:
-    """One path or several, as a person gives them, as a list."""
-    return [str(path) for path in ([ingredients] if isinstance(ingredients, str | Path) else ingredients)]
+    """One path or several, as a person gives them, as a list.
+
+    Raises
+    ------
+    RecipeError
+        If one is no path: a live state, such as a mapping of tensors, would be a name of megabytes.
+    """
+    given = [ingredients] if isinstance(ingredients, str | Path) else list(ingredients)
+    for one in given:
+        if not isinstance(one, str | Path):
+            raise RecipeError(
+                f"An ingredient is a path, not a {type(one).__name__}. Give live tensors to streamsoup.open or "
+                "streamsoup.RunningSoup."
+            )
+    return [str(path) for path in given]
 
 
 def short_path(path: str) -> str:

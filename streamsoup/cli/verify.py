@@ -121,7 +121,11 @@ def _report(found: Verification) -> list[str]:
 
     rows = [("problem", problem) for problem in found.problems]
     if found.tiles:
-        known = "content digests" if found.whole else "sizes, headers and samples (--all: content digests)"
+        known = (
+            "content digests, where the manifest has them,"
+            if found.whole
+            else "sizes, headers and samples (--all: content digests)"
+        )
         rows = [
             ("ingredients", f"{found.ingredients}, known by their {known}"),
             (

@@ -270,7 +270,7 @@ class RunningSum:
             return False
         if store.members != [list(row) for row in self._rows(members)]:
             return False
-        if not store.verify():
+        if not store.fits or not store.verify():
             return False
         self.content_digests |= store.content_digests
         self.members = self._in_store = members
@@ -280,6 +280,11 @@ class RunningSum:
     def _take_up(self, kept: KeptSum) -> None:
         """Go on with a sum that was found in this one's folder."""
         assert isinstance(self._store, GenerationStore)
+        if not self._store.fits:
+            raise ResumeError(
+                f"{kept.folder}: the running sum there is of tensors with other names, shapes or order, or is kept in "
+                "another dtype. Give a checkpoint or a module of the same network as like=, and the same options."
+            )
         self._live.know_again(kept.rows, kept.missing, self._store.content_digests)
         for path, _, key in kept.rows:
             if self._live.has(path):

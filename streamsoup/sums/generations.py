@@ -15,12 +15,14 @@ with pwrite and pread, since zarr's own path would copy and lock.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,20 @@ class GenerationStore(Sink):
     def content_digests(self) -> dict[str, str]:
         """Content digests of the ingredients read so far, as given to `commit`."""
         return dict((self._manifest() or {}).get("content_digests", {}))
+
+    @cached_property
+    def layout(self) -> str:
+        """A hash of the sum's dtype and of which tensor, by name and shape, lies in which array."""
+        rows = sorted(
+            [self._table.names[t], self._names[t], list(self._table.shape(t))]
+            for t in np.flatnonzero(self._averaged).tolist()
+        )
+        return hashlib.blake2b(json.dumps([self._dtype.name, rows]).encode(), digest_size=16).hexdigest()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the current generation, if there is one, is a sum of the same tensors and dtype."""
+        return bool((self._manifest() or {}).get("layout", self.layout) == self.layout)
 
     def verify(self) -> bool:
         """Read the current generation and compare its digests."""
@@ -258,6 +274,7 @@ class GenerationStore(Sink):
         }
         document = {"like": self._like, "members": [list(member) for member in members], "digests": digests}
         document["content_digests"] = dict(content_digests)
+        document["layout"] = self.layout
         group = {"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: document}}
         write_durably(self._next / "zarr.json", json.dumps(group))
         self._number += 1
