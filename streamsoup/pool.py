@@ -274,7 +274,7 @@ class Pool:
         self._prepared &= not is_new
         self._is_fp8 |= any(d.is_fp8 for d in dtypes)
         self.checkpoints[path] = arranged_like(checkpoint, self.first)
-        self.left_out += opened.left_out
+        self.left_out += tuple(one for one in opened.left_out if one not in self.left_out)
 
     def plan(
         self,

@@ -80,6 +80,15 @@ def test_float32_is_rounded_once():
     assert torch.equal(ours.module.first.weight, mean.float())
 
 
+def test_the_budget_follows_the_model(monkeypatch):
+    """A default budget that is too small for the sum must not stop a training loop."""
+    monkeypatch.setattr("streamsoup.pool.default_budget_bytes", lambda: 64 << 20)
+    model = torch.nn.Linear(2500, 2500)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)
+
+
 def test_update_bn_makes_statistics_of_the_average():
     net = Net()
     ours = AveragedModel(net, options={"budget_bytes": BUDGET})

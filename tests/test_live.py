@@ -535,3 +535,11 @@ def test_one_live_state_gives_names_and_dtypes():
 def test_a_sum_of_nothing_that_is_averaged():
     running = streamsoup.RunningSoup({"n": torch.tensor(3)}, budget_bytes=BUDGET)
     assert running.add({"n": torch.tensor(3)}).mean().tensors()["n"] == 3
+
+
+def test_what_is_left_out_is_listed_once():
+    state = {"w": torch.ones(4)}
+    running = streamsoup.RunningSoup(state, only_shared=True, budget_bytes=BUDGET)
+    for _ in range(5):
+        running.add({**state, "z": torch.ones(3)})
+    assert [one.names for one in running.pool.left_out] == [("z",)]

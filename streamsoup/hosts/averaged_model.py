@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from streamsoup.sums import RunningSoup
 
+_BESIDE_BYTES = 512 << 20  # of a budget, beside twice the sum
+
 
 class AveragedModel(nn.Module):
     """A copy of a model that holds the plain average of the states it was shown.
@@ -25,7 +27,8 @@ class AveragedModel(nn.Module):
         Average floating point buffers, too. Other buffers, and without this all, are those of the latest state;
         `torch.optim.swa_utils.update_bn` makes new ones.
     options : mapping, optional
-        Of the `RunningSoup`: ``{"device": "cuda", "budget_bytes": "2GiB"}``.
+        Of the `RunningSoup`: ``{"device": "cuda", "budget_bytes": "2GiB"}``. The budget is by default what the sum
+        needs.
 
     Attributes
     ----------
@@ -75,7 +78,11 @@ class AveragedModel(nn.Module):
             The average is then what it was.
         """
         if self._running is None:
-            self._running = RunningSoup(self._state(self.module), only_grows=True, **self._options)
+            state = self._state(self.module)
+            # A running sum may take half of a budget; who averages in memory wants room for it.
+            sum_bytes = sum(t.numel() * (16 if t.dtype == torch.float64 else 8) for t in state.values())
+            options = {"budget_bytes": 2 * sum_bytes + _BESIDE_BYTES, **self._options}
+            self._running = RunningSoup(state, only_grows=True, **options)
             if int(self.n_averaged):
                 self._running.add(self._state(self.module), float(self.n_averaged))
         self._running.add(self._state(model))
