@@ -150,6 +150,25 @@ CONFIGS = {
     "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "large alpha": ({"lora_alpha": 10**400}, "lora_alpha"),
     "pattern": ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"),
+    "repeated group": (
+        {"rank_pattern": {"(a+)+b": 1}},
+        r"rank_pattern has '\(a\+\)\+b', which repeats a group and may take for ever",
+    ),
+    "counted group": ({"rank_pattern": {"(a|a){40}b": 1}}, "which repeats a group and may take for ever"),
+    "repeated group in a group": ({"alpha_pattern": {"((?:a|a)*)b": 1}}, "which repeats a group and may take for ever"),
+    "looking ahead": ({"rank_pattern": {"(?=(a))b": 1}}, r"has '\(\?=', which is not understood"),
+    "flags": ({"rank_pattern": {"(?x:(a|a) *b)": 1}}, "which is not understood"),
+    "flags for all": ({"rank_pattern": {"(?i)q": 1}}, "rank_pattern has"),
+    "a large count": ({"rank_pattern": {"a{99999999999999999999}": 1}}, "which is no regular expression"),
+    "many alternatives": (
+        {"alpha_pattern": {"(.|.)" * 25 + "!": 1}},
+        r"the pattern '.*take very long to compare with embed\.",
+    ),
+    "many repetitions": (
+        {"alpha_pattern": {".*" * 9 + "!": 1}},
+        r"the pattern '.*take very long to compare with embed\.",
+    ),
+    "many that may be there": ({"rank_pattern": {".?" * 25 + "!": 1}}, r"the pattern '.*take very long"),
     "patterns": ({"rank_pattern": [1]}, "rank_pattern is"),
     "flag": ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
 }

@@ -134,6 +134,27 @@ def test_scales_and_ranks_by_pattern(tmp_path):
     assert read_whole(f"{tmp_path}/base+{tmp_path}/lora") == stored(expected)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            r".*\.(0|1|2)\..*q",
+            r"layers\.\d+\.(?:q|v)",
+            r"l\w*s\.[0-9]\.(q|k)?",
+            r"(?P<all>layers)\.[^1]\.q",
+            "^layers.0+.q$",
+        ),
+        r".*layers\.([0-9]|[12][0-9]|3[01])\..*(k|q|v|o)",
+    ],
+)
+def test_patterns_may_have_choices(tmp_path, pattern):
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "lora", targets=("layers.0.q", "layers.1.q"), alpha_pattern={pattern: 12})
+    both = "[12]" in pattern or "d+" in pattern or "(0|1|2)" in pattern or r"\w*" in pattern
+    expected = merged(base, adapter, scales={"layers.0.q": 3.0} | ({"layers.1.q": 3.0} if both else {}))
+    assert read_whole(f"{tmp_path}/base+{tmp_path}/lora") == stored(expected)
+
+
 def test_patterns_fit_ends_of_names_only(tmp_path):
     base = write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "lora", alpha_pattern={"layers.0": 1, "s.0.q": 2, "0.q": 12})
