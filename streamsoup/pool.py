@@ -23,12 +23,12 @@ from streamsoup.checkpoints import (
     adapter_notes,
     arranged_like,
     name_and_choose_like,
+    notes_of,
     open_checkpoints,
     open_like,
     open_together,
     opening_of_some,
     prepare_derived,
-    remarks_of,
 )
 from streamsoup.devices import check_device_budget, choose_means
 from streamsoup.dtypes import DTYPES, PAIR, SUM32, SUM64, DType
@@ -154,7 +154,7 @@ class Pool:
         together = open_together(self.paths, self.options.opening)
         opened, self.touched = together.checkpoints, together.touched
         self.left_out: tuple[LeftOut, ...] = together.left_out
-        self.notes = (*adapter_notes(opened), *remarks_of(opened))
+        self.notes = (*adapter_notes(opened), *notes_of(opened))
         for note in self.notes:
             _log.warning(note)
         objects = [given.path for given in self.paths if not isinstance(given, str)]

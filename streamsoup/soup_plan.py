@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from streamsoup.budget import default_budget_bytes
-from streamsoup.checkpoints import Checkpoint, Opened, adapter_notes, open_together, quantised, remarks_of
+from streamsoup.checkpoints import Checkpoint, Opened, adapter_notes, notes_of, open_together, quantised
 from streamsoup.devices import choose_means
 from streamsoup.execution import Execution
 from streamsoup.methods import Method, linear
@@ -142,7 +142,7 @@ def plan_opened(
         reserved_bytes=worker_bytes * means["workers"],
         touched=touched,
         accumulate=recipe.accumulate,
-        notes=(*adapter_notes(checkpoints), *remarks_of(checkpoints)),
+        notes=(*adapter_notes(checkpoints), *notes_of(checkpoints)),
         left_out=opened.left_out,
         **means,
     )

@@ -128,8 +128,10 @@ def test_out_dtypes_names_and_companions(tmp_path, runs):
     assert config == {k: v for k, v in CONFIG.items() if k != "quantization_config"}
     assert not (tmp_path / "soup" / "hf_quant_config.json").exists()
     assert [note.split(" (")[0] for note in result.notes] == [
-        "8-bit floats were multiplied by their scales",
+        "8-bit floats were multiplied by their scales.",
         "Scales of activations, keys and values",
+        "hf_quant_config.json was left out.",
+        "quantization_config of config.json was left out.",
     ]
     assert list(result.notes) == json.loads((tmp_path / "soup" / "streamsoup.json").read_text())["notes"]
 
@@ -141,6 +143,25 @@ def test_nested_configurations_are_corrected_too(tmp_path):
     streamsoup.soup([str(run)], tmp_path / "soup")
     found = json.loads((tmp_path / "soup" / "config.json").read_text())
     assert found == {"text_config": {"hidden_size": 4}, "x": 1}
+
+
+def test_settings_are_only_said_to_be_left_out_where_they_are(tmp_path):
+    """Not of a checkpoint that has none, or lends the soup no files: one behind the first, or a file alone."""
+    (file,) = write_checkpoint(tmp_path / "file", SCALED, companions={"config.json": json.dumps(CONFIG)}).glob(
+        "*.safet*"
+    )
+    bare = write_checkpoint(tmp_path / "bare", SCALED)
+    silent = write_checkpoint(tmp_path / "silent", SCALED, companions={"config.json": '{"hidden_size": 300}'})
+    plain = write_checkpoint(tmp_path / "plain", {"a.weight": f32(4, 300)})
+    for number, paths in enumerate([[file], [bare], [silent], [plain, tmp_path / "file"]]):
+        notes = streamsoup.soup(list(map(str, paths)), tmp_path / f"soup{number}").notes
+        assert list(notes) == ["8-bit floats were multiplied by their scales."], paths
+
+
+def test_the_scale_of_a_weight_may_have_the_name_of_one_of_activations(tmp_path):
+    tensors = {"attn.q": fp8(4, 4), "attn.q_scale": f32(1), "attn.k": np.ones((4, 4), BF16)}
+    result = streamsoup.soup([str(write_checkpoint(tmp_path / "run", tensors))], tmp_path / "soup")
+    assert list(result.notes) == ["8-bit floats were multiplied by their scales."]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamsoup.checkpoints.adapter_soups import adapter_notes
 from streamsoup.checkpoints.adapters import add_adapter
-from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of, prepare_derived, remarks_of
+from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, notes_of, out_dtypes_of, prepare_derived
 from streamsoup.checkpoints.held import HeldCheckpoint, held_like
 from streamsoup.checkpoints.hub import find_snapshot, is_hub_id
 from streamsoup.checkpoints.identity import expect_identity, identify, identity_key, identity_to_json, verify_unchanged
@@ -65,6 +65,7 @@ __all__ = [
     "live_name",
     "name_and_choose_like",
     "natural_order",
+    "notes_of",
     "open_checkpoints",
     "open_like",
     "open_live",
@@ -75,7 +76,6 @@ __all__ = [
     "prepare_derived",
     "quantised",
     "real_path",
-    "remarks_of",
     "scaled_names",
     "select",
     "short_path",

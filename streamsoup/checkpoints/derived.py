@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from streamsoup.checkpoints.beside import read_config
 from streamsoup.checkpoints.protocol import Checkpoint, Shard
 from streamsoup.checkpoints.table import TensorTable
 from streamsoup.dtypes import DTYPES, DType
+from streamsoup.errors import CheckpointError
 from streamsoup.source import PartReader, Source
 
 _FLOAT = np.array([d.is_float for d in DTYPES])
@@ -123,6 +126,36 @@ def remarks_of(checkpoints: Iterable[Checkpoint]) -> tuple[str, ...]:
     """Return what a person should know of how checkpoints are computed, each sentence once."""
     derived = (c for c in checkpoints if isinstance(c, DerivedCheckpoint))
     return tuple(dict.fromkeys(remark for checkpoint in derived for remark in checkpoint.remarks))
+
+
+def notes_of(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Return what a person should know of a soup of checkpoints, the first of which lends it the files beside it."""
+    first = checkpoints[0]
+    gone = _settings_left_out(first) if isinstance(first, DerivedCheckpoint) else ()
+    return (*remarks_of(checkpoints), *(f"{what} was left out." for what in gone))
+
+
+def _settings_left_out(checkpoint: DerivedCheckpoint) -> Iterator[str]:
+    """Yield what lies in the folder, and would not be true of a soup."""
+    folder = checkpoint.folder
+    if folder is None:
+        return
+    yield from (name for name in sorted(checkpoint.left_out) if (folder / name).is_file())
+    try:
+        document = json.loads(read_config(folder / "config.json")[0])
+    except (CheckpointError, ValueError, RecursionError):  # none, or not JSON: there is nothing to change
+        return
+    if not isinstance(document, dict):
+        return
+    kept = set(_keys(checkpoint.configured(document)))
+    yield from (f"{key} of config.json" for key in _keys(document) if key not in kept)
+
+
+def _keys(document: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a configuration, and of that of its text model."""
+    yield from document
+    inner = document.get("text_config")
+    yield from (f"text_config.{key}" for key in (inner if isinstance(inner, Mapping) else ()))
 
 
 @dataclass(frozen=True)

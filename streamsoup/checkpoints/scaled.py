@@ -87,7 +87,7 @@ class ScaledCheckpoint(DerivedCheckpoint):
     @property
     def remarks(self) -> tuple[str, ...]:
         """See `DerivedCheckpoint`."""
-        said = "8-bit floats were multiplied by their scales (of a config.json, quantization_config is left out)."
+        said = "8-bit floats were multiplied by their scales."
         if not self.scaling.unused:
             return (said,)
         return said, "Scales of activations, keys and values (input_scale, k_scale ...) were left out."

@@ -61,7 +61,8 @@ class ScaleFinder:
     def unused(self, pairs: Mapping[int, int]) -> list[int]:
         """Return positions of scales that change no weight, where weights have scales."""
         names = self._table.names
-        return [i for i, name in enumerate(names) if _ACTIVATION.search(name)] if pairs else []
+        used = {*pairs, *pairs.values()}  # the scale of a weight attn.q is attn.q_scale
+        return [i for i, name in enumerate(names) if _ACTIVATION.search(name) and i not in used] if pairs else []
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
         names = self._table.names
