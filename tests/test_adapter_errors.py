@@ -13,7 +13,7 @@ from factory import DTYPES, read_checkpoint, same_bits, write_checkpoint
 from safetensors.torch import load_file
 
 import streamsoup
-from streamsoup.checkpoints import open_checkpoints
+from streamsoup.checkpoints import adapter_notes, open_checkpoints, open_live
 from streamsoup.errors import CheckpointError, MismatchError, StreamsoupError
 
 A, B = f"{PREFIX}layers.0.q.lora_A.weight", f"{PREFIX}layers.0.q.lora_B.weight"
@@ -323,3 +323,9 @@ def test_a_configuration_that_is_missing(tmp_path):
 def test_a_greedy_soup_of_adapters_has_the_note(tmp_path):
     streamsoup.greedy(adapters(tmp_path), score=lambda candidate: 1.0, out=tmp_path / "soup")
     assert "products" in json.loads((tmp_path / "soup" / "streamsoup.json").read_text())["notes"][0]
+
+
+def test_what_lies_in_the_working_folder_is_nothing_to_live_adapters(tmp_path, monkeypatch):
+    tensors = write_adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert adapter_notes([open_live(tensors, "live:0"), open_live(tensors, "live:1")]) == ()

@@ -199,6 +199,11 @@ def test_a_configuration_that_says_nothing_leaves_blocks_of_128(tmp_path, config
     assert found.block == (128, 128)
 
 
+def test_a_broken_configuration_is_no_matter_where_no_scale_depends_on_it(tmp_path):
+    tensors = {"a.weight": fp8(3, 4), "ids": np.ones(3, np.uint8)}
+    open_checkpoints([str(write_checkpoint(tmp_path / "run", tensors, companions={"config.json": "{"}))])
+
+
 def test_greedy_finds_the_same(tmp_path, runs):
     results = []
     for kind in ("scaled", "plain"):

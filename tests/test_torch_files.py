@@ -37,6 +37,7 @@ from streamsoup.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     DestinationError,
+    MismatchError,
     ShardIndexError,
     UnsupportedDTypeError,
 )
@@ -667,3 +668,63 @@ def test_a_base_and_an_adapter_may_be_files_of_torch(tmp_path):
         old.unlink()
     found = soup_of(tmp_path, ["+".join(str(tmp_path / name) for name in names)], "found")
     assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in wanted.items()}
+
+
+def strided_adapter(folder, **config):
+    """An adapter as a file of torch whose factors are transposed views."""
+    write_adapter(folder, **config)
+    (old,) = folder.glob("*.safetensors")
+    state = {n: t.movedim(0, -1).contiguous().movedim(-1, 0) for n, t in load_file(old).items()}
+    assert not all(t.is_contiguous() for t in state.values())
+    torch.save(state, folder / "adapter_model.bin")
+    return old
+
+
+@pytest.mark.parametrize("read_mode", MODES)
+def test_an_adapter_of_strided_factors_goes_on_a_base(tmp_path, read_mode):
+    write_base(tmp_path / "base")
+    old = strided_adapter(tmp_path / "lora")
+    write_adapter(tmp_path / "stored")
+    paths = [f"{tmp_path}/base+{tmp_path}/lora"]
+    wanted = soup_of(tmp_path, paths, "wanted", read_mode=read_mode)
+    old.unlink()
+    found = soup_of(tmp_path, paths, "found", read_mode=read_mode)
+    assert same_bits(found, wanted)
+    (checkpoint,) = open_checkpoints(paths)
+    assert isinstance(checkpoint.parts[1], DerivedCheckpoint)
+    beneath = checkpoint.parts[1].scratch_bytes
+    assert beneath > 0
+    assert (
+        checkpoint.scratch_bytes == open_checkpoints([f"{tmp_path}/base+{tmp_path}/stored"])[0].scratch_bytes + beneath
+    )
+    before = identify(checkpoint)
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
+    assert identify(*open_checkpoints(paths)) != before
+
+
+def test_settings_of_adapters_with_strided_factors_must_agree(tmp_path):
+    paths = [tmp_path / f"lora{i}" for i in range(3)]
+    for path, alpha in zip(paths, (8, 8, 64), strict=True):
+        strided_adapter(path, lora_alpha=alpha).unlink()
+    (note,) = streamsoup.soup(list(map(str, paths[:2])), tmp_path / "soup").notes
+    assert "not the average of their products" in note
+    for order in (paths, paths[::-1]):
+        with pytest.raises(MismatchError, match=r"lora_alpha is (64, but 8|8, but 64)"):
+            streamsoup.soup(list(map(str, order)), tmp_path / "other")
+    with pytest.raises(MismatchError, match="lora_alpha"):
+        streamsoup.soup(list(map(str, paths)), tmp_path / "other", strip_prefix=["base_model."])
+
+
+def test_an_adapter_of_scaled_floats_is_refused_as_such(tmp_path):
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "lora")
+    (old,) = (tmp_path / "lora").glob("*.safetensors")
+    state = load_file(old)
+    old.unlink()
+    scales = {f"{n}_scale": torch.ones(1) for n in state}
+    torch.save(
+        {n: t.to(torch.float8_e4m3fn) for n, t in state.items()} | scales, tmp_path / "lora" / "adapter_model.bin"
+    )
+    with pytest.raises(CheckpointError, match="has 8-bit floats with scales"):
+        open_checkpoints([f"{tmp_path}/base+{tmp_path}/lora"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamsoup.checkpoints.adapter_config import CONFIG_NAME, config_beside, read_document
+from streamsoup.checkpoints.live import LiveCheckpoint
 from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.errors import MismatchError
 
@@ -56,6 +57,8 @@ def adapter_notes(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
 
 
 def _has_factors(checkpoint: Checkpoint) -> bool:
+    if isinstance(checkpoint, LiveCheckpoint):  # no file lies beside it
+        return False
     return any(".lora_A." in name or ".lora_embedding_A" in name for name in checkpoint.table.names)
 
 

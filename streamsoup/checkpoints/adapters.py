@@ -64,7 +64,13 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
     CheckpointError
         If the adapter is none, is of another kind, or does not fit the base.
     """
-    if is_computed(adapter) or (config := config_beside(str(adapter.folder or adapter.path))) is None:
+    if is_computed(adapter):
+        raise CheckpointError(
+            f"{path}: {adapter.path} has 8-bit floats with scales, which are not understood in adapters. Dequantise it "
+            "to bfloat16 first.",
+            path=path,
+        )
+    if (config := config_beside(str(adapter.folder or adapter.path))) is None:
         raise CheckpointError(
             f"{path}: {adapter.path} has no {CONFIG_NAME}, so it is no adapter to put on {base.path}. Name checkpoints "
             "that are averaged one by one, without a plus.",
@@ -78,8 +84,8 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
             f"{adapter.path}: rank {max(ranks):,} is above {_HIGHEST_RANK:,}. Merge the adapter with peft first.",
             path=path,
         )
-    # What a thread holds of the base, if that is computed, it holds beside our own.
-    beneath = base.scratch_bytes if isinstance(base, DerivedCheckpoint) else 0
+    # What a thread holds of the parts, if they are not read as they lie, it holds beside our own.
+    beneath = sum(part.scratch_bytes for part in (base, adapter) if isinstance(part, DerivedCheckpoint))
     return AdaptedCheckpoint(
         path=path,
         folder=base.folder,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamsoup.checkpoints.derived import DerivedCheckpoint
-from streamsoup.checkpoints.grids import Block, Grid, grid_of
+from streamsoup.checkpoints.grids import DEFAULT_BLOCK, Block, Grid, grid_of
 from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.checkpoints.scales import SCALE_SUFFIXES, ScaleFinder, block_of
 from streamsoup.checkpoints.table import TensorTable
@@ -21,6 +21,7 @@ from streamsoup.maps import address_of
 from streamsoup.source import STRIP_BYTES, PartReader, Source
 
 _ODD = np.array([d.is_fp8 or d.name in ("F8_E8M0", "I8", "U8", "I32") for d in BY_NAME.values()])
+_FP8 = np.array([d.is_fp8 for d in BY_NAME.values()])
 _QUANTISATION = ("quantization_config", "compression_config")
 
 
@@ -126,7 +127,7 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
     """
     if not _ODD[checkpoint.table.dtypes].any():
         return checkpoint
-    block = block_of(_folder_of(checkpoint))
+    block = block_of(_folder_of(checkpoint)) if _may_have_blocks(checkpoint.table) else DEFAULT_BLOCK
     known = {} if known is None else known
     key = id(checkpoint.table), block  # the table is kept, so that its id is not another's
     if key not in known:
@@ -147,6 +148,10 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
         scaling=scaling,
         block=block,
     )
+
+
+def _may_have_blocks(table: TensorTable) -> bool:
+    return bool(_FP8[table.dtypes].any()) and any(name.endswith(SCALE_SUFFIXES) for name in table.names)
 
 
 def _folder_of(checkpoint: Checkpoint) -> Path | None:
