@@ -277,6 +277,12 @@ def test_a_mismatch_names_the_ways_out(tmp_path, runs):
         streamsoup.soup([runs[0], named(tmp_path / "x", 1, without=["norm.scale"])], tmp_path / "soup")
 
 
+def test_where_only_shapes_differ_no_names_are_blamed(tmp_path):
+    paths = [str(write_checkpoint(tmp_path / str(n), {"w": np.zeros(n, np.float32)})) for n in (3, 4)]
+    with pytest.raises(MismatchError, match=r"give --only-shared for a soup of what all have alike\.$"):
+        streamsoup.soup(paths, tmp_path / "soup")
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_common_prefix_is_found(tmp_path, runs, turned):
     paths = [runs[0], str(tmp_path / "b")]

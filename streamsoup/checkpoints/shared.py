@@ -146,7 +146,8 @@ def advice_on(checkpoints: Sequence[Checkpoint]) -> str:
     """Say what may be done about checkpoints whose names or shapes differ."""
     if (hint := prefix_advice(checkpoints)) != "":
         return f"{hint} Or give --only-shared for a soup of what all have alike."
-    return "Or give --only-shared for a soup of what all have alike, or --rename where they differ in names."
+    alike = len({frozenset(table.names) for table in _tables(checkpoints)}) == 1
+    return f"Or give --only-shared for a soup of what all have alike{'' if alike else ', or --rename'}."
 
 
 def prefix_advice(checkpoints: Sequence[Checkpoint]) -> str:
