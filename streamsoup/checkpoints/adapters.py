@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from streamsoup.checkpoints.adapter_changes import Changes, Matching, changed_dtypes
 from streamsoup.checkpoints.adapter_config import CONFIG_NAME, config_beside, parse_config, read_document
-from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of
+from streamsoup.checkpoints.derived import DerivedCheckpoint, is_computed, out_dtypes_of, scratch_bytes_of
 from streamsoup.checkpoints.protocol import Checkpoint, StoredCheckpoint
 from streamsoup.checkpoints.table import pack
 from streamsoup.errors import CheckpointError
@@ -85,7 +85,7 @@ def add_adapter(path: str, base: Checkpoint, adapter: Checkpoint) -> AdaptedChec
             path=path,
         )
     # What a thread holds of the parts, if they are not read as they lie, it holds beside our own.
-    beneath = sum(part.scratch_bytes for part in (base, adapter) if isinstance(part, DerivedCheckpoint))
+    beneath = scratch_bytes_of(base, adapter)
     return AdaptedCheckpoint(
         path=path,
         folder=base.folder,

@@ -100,6 +100,11 @@ class DerivedCheckpoint:
         raise NotImplementedError
 
 
+def scratch_bytes_of(*checkpoints: Checkpoint) -> int:
+    """What a thread holds at most while it computes all of these; it holds that beside what it makes of them."""
+    return sum(c.scratch_bytes for c in checkpoints if isinstance(c, DerivedCheckpoint))
+
+
 def out_dtypes_of(checkpoint: Checkpoint, dtype: DType | None = None) -> npt.NDArray[np.uint8]:
     """Return what a soup of a checkpoint is written as, shape (tensors,); `dtype`: what was asked for, of floats."""
     derived = checkpoint if isinstance(checkpoint, DerivedCheckpoint) else None

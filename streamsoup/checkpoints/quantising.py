@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints.derived import DerivedCheckpoint
+from streamsoup.checkpoints.derived import DerivedCheckpoint, scratch_bytes_of
 from streamsoup.checkpoints.grids import DEFAULT_BLOCK, Grid, block_grid
 from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.checkpoints.scaled import ScaledCheckpoint
@@ -146,7 +146,6 @@ def quantised(checkpoint: Checkpoint, names: Collection[str] | None = None) -> Q
         [int(table.shards[i]) for _, i, _ in rows],
     )
     widest = max(block_grid(table.shape(i), DEFAULT_BLOCK).line for _, i, kind in rows if kind == SCALE)
-    inner = checkpoint.scratch_bytes if isinstance(checkpoint, DerivedCheckpoint) else 0
     return QuantisedCheckpoint(
         path=checkpoint.path,
         folder=checkpoint.folder,
@@ -154,7 +153,7 @@ def quantised(checkpoint: Checkpoint, names: Collection[str] | None = None) -> Q
         table=shown,
         metadata=checkpoint.metadata,
         out_dtypes=_out_dtypes(checkpoint, shown, rows),
-        scratch_bytes=inner + STRIP_BYTES + (_KEPT_LINES + 4) * 4 * widest,
+        scratch_bytes=scratch_bytes_of(checkpoint) + STRIP_BYTES + (_KEPT_LINES + 4) * 4 * widest,
         inner=np.array([i for _, i, _ in rows], np.int64),
         kinds=np.array([kind for _, _, kind in rows], np.uint8),
     )

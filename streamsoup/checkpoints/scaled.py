@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamsoup.checkpoints.derived import DerivedCheckpoint
+from streamsoup.checkpoints.derived import DerivedCheckpoint, scratch_bytes_of
 from streamsoup.checkpoints.grids import DEFAULT_BLOCK, Block, Grid, grid_of
 from streamsoup.checkpoints.protocol import Checkpoint
 from streamsoup.checkpoints.scales import SCALE_SUFFIXES, ScaleFinder, block_of
@@ -135,8 +135,6 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
     scaling = known[key][1]
     if scaling is None:
         return checkpoint
-    # What a thread holds of the checkpoint, if that is computed, it holds beside our own.
-    beneath = checkpoint.scratch_bytes if isinstance(checkpoint, DerivedCheckpoint) else 0
     return ScaledCheckpoint(
         path=checkpoint.path,
         folder=checkpoint.folder,
@@ -144,7 +142,7 @@ def dequantised(checkpoint: Checkpoint, known: Scalings | None = None) -> Checkp
         table=scaling.shown,
         metadata=checkpoint.metadata,
         out_dtypes=scaling.out_dtypes,
-        scratch_bytes=4 * STRIP_BYTES + beneath,
+        scratch_bytes=4 * STRIP_BYTES + scratch_bytes_of(checkpoint),
         scaling=scaling,
         block=block,
     )
