@@ -6,61 +6,39 @@ import argparse
 import collections
 import json
 import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from adapter_pools import write_adapter, write_base
-from factory import read_checkpoint, same_bits, write_checkpoint
-from safetensors.torch import load_file
+from factory import same_bits, write_checkpoint
 from torch_checkpoints import (
     TORCH,
     expected,
     held,
     open_one,
+    refused,
     save,
-    save_distributed,
+    sharded,
     some_strided,
     some_tensors,
+    soup_of,
     to_numpy,
 )
 
 import streamsoup
-from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, expand_paths, identify, nested, open_checkpoints
+from streamsoup.checkpoints import DerivedCheckpoint, StoredCheckpoint, nested
 from streamsoup.checkpoints.torch_file import open_torch_file
 from streamsoup.errors import (
-    ChangedIngredientError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    DestinationError,
-    MismatchError,
     ShardIndexError,
     UnsupportedDTypeError,
 )
 from streamsoup.windows import Windows
-from streamsoup.write import FileSink
 
 MODES = ("map", "ahead", "plain")
 
 
 class Net(torch.nn.Linear):
     pass
-
-
-def soup_of(tmp_path, paths, name, **options):
-    streamsoup.soup([str(p) for p in paths], tmp_path / name, **options)
-    return read_checkpoint(tmp_path / name)
-
-
-def refused(path, match, kind=CheckpointError, **options):
-    with pytest.raises(kind, match=match) as caught:
-        open_torch_file(str(path), **options)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", TORCH)
@@ -350,111 +328,7 @@ def test_nothing_in_a_file_is_run(tmp_path, place, monkeypatch):
     assert not (tmp_path / "hacked").exists()
 
 
-# -- archives ------------------------------------------------------------------------------------------------------
-
-
-def rewritten(source, target, change=lambda name, raw: raw, compression=zipfile.ZIP_STORED):
-    """The same archive, written by another hand; entries that become None are left out."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for name in old.namelist():
-            raw = change(name, old.read(name))
-            if raw is not None:
-                new.writestr(name, raw)
-    return target
-
-
-@pytest.fixture
-def run(tmp_path):
-    return save(tmp_path / "run.pt", some_tensors(0))
-
-
-def test_archives_of_any_hand_are_read(tmp_path, run):
-    assert held(open_one(rewritten(run, tmp_path / "other.pt"))) == expected(some_tensors(0))
-
-
-def test_a_large_archive_has_wide_offsets(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
-    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
-    path = rewritten(run, tmp_path / "wide.pt")
-    assert b"PK\x06\x06" in path.read_bytes()
-    monkeypatch.undo()
-    assert held(open_one(path)) == expected(some_tensors(0))
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_archives_that_cannot_be_read_in_place(tmp_path, run):
-    def renamed(name, new):
-        return lambda old, raw: new if old.endswith(name) else raw
-
-    deflated = rewritten(run, tmp_path / "deflated.pt", compression=zipfile.ZIP_DEFLATED)
-    refused(deflated, "is compressed or encrypted")
-    refused(rewritten(run, tmp_path / "big.pt", renamed("byteorder", b"big")), "big-endian")
-    refused(rewritten(run, tmp_path / "gone.pt", renamed("data/0", None)), r"^layers\.0\.w: its numbers .* are missing")
-    refused(rewritten(run, tmp_path / "short.pt", renamed("data/0", b"abc")), r"^layers\.0\.w: needs 84,000 bytes")
-    refused(rewritten(run, tmp_path / "none.pt", renamed("data.pkl", None)), "not one that torch.save wrote")
-    twice = rewritten(run, tmp_path / "twice.pt")
-    with zipfile.ZipFile(twice, "a") as archive:
-        archive.writestr("run/data/0", b"")
-    refused(twice, "two entries of one name")
-
-
-def test_a_script_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "run.pt", "w") as archive:
-        for name in ("data.pkl", "constants.pkl", "version"):
-            archive.writestr(f"run/{name}", b"\x80\x02}.")
-    refused(tmp_path / "run.pt", "TorchScript archive")
-
-
-def test_what_is_no_archive(tmp_path):
-    old = save(tmp_path / "old.pt", some_tensors(0), _use_new_zipfile_serialization=False)
-    refused(old, r'before PyTorch 1\.6.*torch\.save\(torch\.load\("old\.pt", weights_only=True\), "new\.pt"\)')
-    (tmp_path / "other.bin").write_bytes(b"GGUF" + bytes(100))
-    refused(tmp_path / "other.bin", "is not a file of torch.save")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    refused(tmp_path / "empty.pt", "is not a file of torch.save")
-    refused(tmp_path / "gone.pt", "no such file", CheckpointNotFoundError)
-    (tmp_path / "folder.pt").mkdir()
-    with pytest.raises(CheckpointNotFoundError):
-        open_one(tmp_path / "folder.pt")
-
-
-def test_a_file_cut_anywhere_is_refused(tmp_path, run):
-    whole = Path(run).read_bytes()
-    for size in [*range(1, 80, 7), *range(80, len(whole), len(whole) // 50), len(whole) - 1]:
-        (tmp_path / "cut.pt").write_bytes(whole[:size])
-        refused(tmp_path / "cut.pt", "truncated|is not a file of")
-
-
-def test_any_changed_byte_of_what_describes_it_is_read_or_refused(tmp_path):
-    path = save(tmp_path / "run.pt", {"a": torch.ones(2)})
-    whole = bytearray(Path(path).read_bytes())
-    rng = np.random.default_rng(0)
-    for _ in range(600):
-        changed = whole.copy()
-        changed[rng.integers(len(whole))] = rng.integers(256)
-        (tmp_path / "changed.pt").write_bytes(changed)
-        try:
-            checkpoint = open_torch_file(str(tmp_path / "changed.pt"))
-        except CheckpointError:
-            continue
-        ends = checkpoint.table.begins + checkpoint.table.nbytes
-        assert (ends <= len(whole)).all()
-
-
 # -- folders -------------------------------------------------------------------------------------------------------
-
-
-def sharded(folder, tensors, index=None):
-    names = list(tensors)
-    files = {"pytorch_model-00001-of-00002.bin": names[:2], "pytorch_model-00002-of-00002.bin": names[2:]}
-    for file, inside in files.items():
-        save(folder / file, {name: tensors[name] for name in inside})
-    weight_map = {name: file for file, inside in files.items() for name in inside} | (index or {})
-    document = {"metadata": {}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(document))
-    (folder / "config.json").write_text('{"hidden_size": 3}')
-    torch.save({"x": 1}, folder / "training_args.bin")
-    return folder
 
 
 def test_folders_as_transformers_wrote_them(tmp_path):
@@ -505,226 +379,3 @@ def test_what_lies_between_tensors_is_dropped_with_them(tmp_path, monkeypatch):
     table = open_one(path).table
     last = max(range(len(table)), key=lambda t: table.begins[t] + table.nbytes[t])
     assert sum(nbytes for _, nbytes in dropped) == table.begins[last] + table.nbytes[last] - table.begins.min()
-
-
-# -- as ingredients --------------------------------------------------------------------------------------------------
-
-
-def test_equal_pickles_are_understood_once(tmp_path, monkeypatch):
-    from streamsoup.checkpoints import torch_file
-
-    calls = []
-    before = torch_file.read_pickle
-    monkeypatch.setattr(torch_file, "read_pickle", lambda *a: calls.append(1) or before(*a))
-    runs = [save(tmp_path / str(i) / "run.pt", some_strided(i)) for i in range(3)]
-    one, two, three = open_checkpoints(runs)
-    assert len(calls) == 1
-    assert one.table is two.table
-    assert two.pieces is three.pieces
-    other = {**some_strided(1), "whole": torch.ones(40, 90)}  # the same names, but other entries
-    (four,) = open_checkpoints([save(tmp_path / "4" / "run.pt", other)])
-    assert held(four) == expected(other)
-
-
-@pytest.mark.parametrize("make", [some_tensors, some_strided])
-def test_changed_bytes_are_noticed(tmp_path, make):
-    path = save(tmp_path / "run.pt", make(0))
-    checkpoint = open_one(path)
-    before = identify(checkpoint)
-    save(tmp_path / "run.pt", make(1))
-    with pytest.raises(ChangedIngredientError):
-        identify(checkpoint)
-    after = identify(open_one(path))
-    assert after[0].header_sha256 == before[0].header_sha256
-    assert after[0].sampled_blake2b != before[0].sampled_blake2b
-    save(tmp_path / "run.pt", {f"x.{n}": t for n, t in make(0).items()})
-    assert identify(open_one(path))[0].header_sha256 != before[0].header_sha256
-
-
-@pytest.mark.parametrize("make", [some_tensors, some_strided])
-def test_an_interrupted_soup_goes_on_to_the_same_bits(tmp_path, make, monkeypatch):
-    runs = [save(tmp_path / f"run{i}.pt", make(i)) for i in range(3)]
-    wanted = soup_of(tmp_path, runs, "wanted")
-    monkeypatch.setattr("streamsoup.tiling._preferences", lambda workers: [(4096, workers)])
-    writes, before = [], FileSink.write
-
-    def write(self, *arguments):
-        writes.append(1)
-        if len(writes) == 8:
-            raise OSError("No space")
-        return before(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileSink, "write", write)
-        with pytest.raises(OSError, match="No space"):
-            streamsoup.soup(runs, tmp_path / "soup", workers=1)
-    streamsoup.resume(tmp_path / "soup")
-    assert same_bits(read_checkpoint(tmp_path / "soup"), wanted)
-
-
-@pytest.mark.parametrize("nested_in", [None, "model"])
-def test_layers_are_picked_as_of_safetensors_files(tmp_path, nested_in):
-    def slices(one, other):
-        return [f"{one}[0:1]+{other}[1:2]"]
-
-    tensors = [
-        {
-            "embed.w": torch.randn(4, 3),
-            **{f"layers.{n}.w": torch.randn(5, 3) for n in range(3)},
-            "norm.w": torch.ones(3),
-        }
-        for _ in range(2)
-    ]
-    plain = [write_checkpoint(tmp_path / f"plain{i}", to_numpy(t)) for i, t in enumerate(tensors)]
-    files = [save(tmp_path / f"run{i}.pt", {"model": t, "ema": t} if nested_in else t) for i, t in enumerate(tensors)]
-    wanted = soup_of(tmp_path, slices(*plain), "wanted")
-    assert set(wanted) == {"embed.w", "layers.0.w", "layers.1.w", "norm.w"}
-    assert same_bits(soup_of(tmp_path, slices(*files), "found", key=nested_in), wanted)
-    if not nested_in:
-        assert same_bits(soup_of(tmp_path, slices(plain[0], files[1]), "mixed"), wanted)
-        first = expected(tensors[0])["layers.0.w"]
-        made = save_distributed(tmp_path / "dcp", tensors[0])
-        assert held(open_one(slices(made, made)[0]))["layers.0.w"] == first
-
-
-def test_layers_that_do_not_lie_in_one_piece_are_not_picked(tmp_path):
-    path = save(tmp_path / "run.pt", {f"layers.{n}.w": torch.randn(5, 3).t() for n in range(2)})
-    with pytest.raises(CheckpointError, match=rf"^{path}: has tensors that are transposed, .* streamsoup convert"):
-        open_one(f"{path}[0:1]+{path}[1:2]")
-    plain = write_checkpoint(tmp_path / "plain", {"layers.0.w": np.ones(3, np.float32)})
-    with pytest.raises(CheckpointError, match=r"has no entries of which model could be one"):
-        streamsoup.soup([f"{plain}[0:1]"], tmp_path / "soup", key="model")
-
-
-def test_patterns_are_in_natural_order(tmp_path):
-    for i in (10, 2, 1):
-        save(tmp_path / "runs" / f"epoch{i}.pt", some_tensors(i))
-    found = expand_paths([str(tmp_path / "runs" / "*.pt")])
-    assert [os.path.basename(path) for path in found] == ["epoch1.pt", "epoch2.pt", "epoch10.pt"]
-    assert len(open_checkpoints(found)) == 3
-
-
-def test_inspect_shows_them(tmp_path):
-    def inspect(*words):
-        script = [sys.executable, "-m", "streamsoup", "inspect", *words]
-        return subprocess.run(script, capture_output=True, text=True, check=False)
-
-    path = save(tmp_path / "run.pt", {"state_dict": some_strided(0)})
-    (facts,) = json.loads(inspect(path, "--json", "--tensors").stdout)["checkpoints"]
-    assert facts["tensors"] == 10
-    rows = {row["name"]: row for row in facts["tensor_list"]}
-    assert (rows["transposed"]["shape"], rows["transposed"]["file"]) == ([70, 300], path)
-    done = inspect(save(tmp_path / "two.pt", {"model": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}))
-    assert done.returncode == 1
-    assert "'model', 'ema'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_an_output_in_an_ingredient_is_refused(tmp_path):
-    sharded(tmp_path / "run", some_tensors(0))
-    with pytest.raises(DestinationError):
-        streamsoup.soup([str(tmp_path / "run")], tmp_path / "run" / "soup")
-    path = save(tmp_path / "run.pt", some_tensors(0))
-    with pytest.raises(DestinationError):
-        streamsoup.soup([path], path, overwrite=True)
-
-
-MEMORY = """
-import resource, sys
-import streamsoup
-from streamsoup.checkpoints import open_checkpoints
-paths, out, mode = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
-streamsoup.soup(paths[:1], out + "-warm", workers=2, read_mode=mode, nonfinite="allow", include=["small*"])
-open_checkpoints(paths)
-def data():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
-limit = data() + (96 << 20)
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-streamsoup.soup(paths, out, workers=2, read_mode=mode, budget_bytes=64 << 20)
-assert "torch" not in sys.modules
-"""
-
-
-@pytest.mark.parametrize("mode", ["map", "plain"])
-def test_neither_opening_nor_souping_loads_the_storages(tmp_path, mode):
-    """256 MiB of ingredients, half of it transposed, where no more than 96 MiB of memory may be had."""
-    big = torch.arange(64 << 18, dtype=torch.float32).reshape(4096, 4096)
-    paths = [save(tmp_path / f"{i}.pt", {"big": (big + i).t(), "whole": big, "small": torch.ones(2)}) for i in (0, 2)]
-    script = [sys.executable, "-c", MEMORY, *paths, str(tmp_path / "soup"), mode]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    soup = read_checkpoint(tmp_path / "soup")
-    assert np.array_equal(soup["big"], (big + 1).t().numpy())
-
-
-def test_a_base_and_an_adapter_may_be_files_of_torch(tmp_path):
-    names = ("base", "lora")
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "lora")
-    wanted = soup_of(tmp_path, ["+".join(str(tmp_path / name) for name in names)], "wanted")
-    for name, file in zip(names, ("pytorch_model.bin", "adapter_model.bin"), strict=True):
-        (old,) = (tmp_path / name).glob("*.safetensors")
-        torch.save(load_file(old), tmp_path / name / file)
-        old.unlink()
-    found = soup_of(tmp_path, ["+".join(str(tmp_path / name) for name in names)], "found")
-    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in wanted.items()}
-
-
-def strided_adapter(folder, **config):
-    """An adapter as a file of torch whose factors are transposed views."""
-    write_adapter(folder, **config)
-    (old,) = folder.glob("*.safetensors")
-    state = {n: t.movedim(0, -1).contiguous().movedim(-1, 0) for n, t in load_file(old).items()}
-    assert not all(t.is_contiguous() for t in state.values())
-    torch.save(state, folder / "adapter_model.bin")
-    return old
-
-
-@pytest.mark.parametrize("read_mode", MODES)
-def test_an_adapter_of_strided_factors_goes_on_a_base(tmp_path, read_mode):
-    write_base(tmp_path / "base")
-    old = strided_adapter(tmp_path / "lora")
-    write_adapter(tmp_path / "stored")
-    paths = [f"{tmp_path}/base+{tmp_path}/lora"]
-    wanted = soup_of(tmp_path, paths, "wanted", read_mode=read_mode)
-    old.unlink()
-    found = soup_of(tmp_path, paths, "found", read_mode=read_mode)
-    assert same_bits(found, wanted)
-    (checkpoint,) = open_checkpoints(paths)
-    assert isinstance(checkpoint.parts[1], DerivedCheckpoint)
-    beneath = checkpoint.parts[1].scratch_bytes
-    assert beneath > 0
-    assert (
-        checkpoint.scratch_bytes == open_checkpoints([f"{tmp_path}/base+{tmp_path}/stored"])[0].scratch_bytes + beneath
-    )
-    before = identify(checkpoint)
-    config = tmp_path / "lora" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
-    assert identify(*open_checkpoints(paths)) != before
-
-
-def test_settings_of_adapters_with_strided_factors_must_agree(tmp_path):
-    paths = [tmp_path / f"lora{i}" for i in range(3)]
-    for path, alpha in zip(paths, (8, 8, 64), strict=True):
-        strided_adapter(path, lora_alpha=alpha).unlink()
-    (note,) = streamsoup.soup(list(map(str, paths[:2])), tmp_path / "soup").notes
-    assert "not the average of their products" in note
-    for order in (paths, paths[::-1]):
-        with pytest.raises(MismatchError, match=r"lora_alpha is (64, but 8|8, but 64)"):
-            streamsoup.soup(list(map(str, order)), tmp_path / "other")
-    with pytest.raises(MismatchError, match="lora_alpha"):
-        streamsoup.soup(list(map(str, paths)), tmp_path / "other", strip_prefix=["base_model."])
-
-
-def test_an_adapter_of_scaled_floats_is_refused_as_such(tmp_path):
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "lora")
-    (old,) = (tmp_path / "lora").glob("*.safetensors")
-    state = load_file(old)
-    old.unlink()
-    scales = {f"{n}_scale": torch.ones(1) for n in state}
-    torch.save(
-        {n: t.to(torch.float8_e4m3fn) for n, t in state.items()} | scales, tmp_path / "lora" / "adapter_model.bin"
-    )
-    with pytest.raises(CheckpointError, match="has 8-bit floats with scales"):
-        open_checkpoints([f"{tmp_path}/base+{tmp_path}/lora"])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from factory import DTYPES, dtype_name
+from factory import DTYPES, dtype_name, read_checkpoint
 
+import streamsoup
 from streamsoup.checkpoints import Checkpoint, open_checkpoints
+from streamsoup.checkpoints.torch_file import open_torch_file
+from streamsoup.errors import CheckpointError
 from streamsoup.read import open_sources
 
 SHAPES = {"layers.0.w": (70, 300), "layers.1.w": (5, 7, 11), "layers.1.b": (300,), "empty": (0, 4), "one": ()}
@@ -108,3 +113,28 @@ def held(checkpoint: Checkpoint, mode: str = "map") -> dict[str, tuple]:
 def expected(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
     """What `held` has to return for tensors."""
     return {n: (dtype_name(a), a.shape, a.tobytes()) for n, a in to_numpy(tensors).items()}
+
+
+def soup_of(tmp_path, paths, name, **options):
+    streamsoup.soup([str(p) for p in paths], tmp_path / name, **options)
+    return read_checkpoint(tmp_path / name)
+
+
+def refused(path, match, kind=CheckpointError, **options):
+    with pytest.raises(kind, match=match) as caught:
+        open_torch_file(str(path), **options)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def sharded(folder, tensors, index=None):
+    names = list(tensors)
+    files = {"pytorch_model-00001-of-00002.bin": names[:2], "pytorch_model-00002-of-00002.bin": names[2:]}
+    for file, inside in files.items():
+        save(folder / file, {name: tensors[name] for name in inside})
+    weight_map = {name: file for file, inside in files.items() for name in inside} | (index or {})
+    document = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(document))
+    (folder / "config.json").write_text('{"hidden_size": 3}')
+    torch.save({"x": 1}, folder / "training_args.bin")
+    return folder
